@@ -1,0 +1,275 @@
+"""What every alignment method shares: rewards, evaluation, optimiser, checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lit_align import __version__
+from lit_align.functional.noise import sample_generators
+from lit_align.policies.base import DiffusionPolicy
+from lit_align.rewards.base import RewardModule, checked_scores
+from lit_align.trajectory import PromptBatch
+
+_PROMPTS_CHECKED = 10_000
+COUNTERS = ("reward_queries", "gradient_queries", "denoiser_calls")
+
+
+class AlignmentModule(LightningModule, ABC):
+    """A policy, the reward it is aligned with, and the rewards it is only evaluated with.
+
+    Args:
+        policy: The model; its trainable part is optimised by AdamW.
+        reward: What training maximises.
+        eval_rewards: Further rewards by name, scored in every evaluation.
+        lr: Learning rate.
+        weight_decay: Of AdamW.
+        num_inference_steps: Denoising steps T in training.
+        guidance_scale: Weight of classifier-free guidance, in training and evaluation; 1 runs no
+            unconditional branch.
+        eval_num_inference_steps: Denoising steps in evaluation; by default as in training.
+        seed: Decides prompts, noise and orders.
+
+    Attributes:
+        rewards: Every reward by name, the trained one first.
+        counters: Totals over all processes: `reward_queries` (images scored in training),
+            `gradient_queries` (reward gradients), `denoiser_calls` (network evaluations of one
+            latent, guidance counting twice).
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        reward: RewardModule | None = None,
+        eval_rewards: dict[str, RewardModule] | None = None,
+        lr: float = 3e-4,
+        weight_decay: float = 1e-4,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        eval_num_inference_steps: int | None = None,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.strict_loading = False  # a checkpoint holds trainable tensors only
+        self.policy = policy
+        # A plain dictionary: rewards belong in no checkpoint, and no precision plugin casts them.
+        self.rewards: dict[str, RewardModule] = {}
+        if reward is not None:
+            self.rewards[reward.name] = reward
+        self.rewards |= eval_rewards or {}
+        for frozen in self.rewards.values():
+            frozen.requires_grad_(False).eval()
+        self.reward = reward
+        self.lr, self.weight_decay = lr, weight_decay
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.eval_num_inference_steps = eval_num_inference_steps or num_inference_steps
+        self.seed = seed
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        means = {name: MeanMetric(nan_strategy="ignore") for name in self.rewards}
+        self.val_means: Any = nn.ModuleDict(means)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep `reward` out of the module tree; see `rewards`."""
+        if name == "reward":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def setup(self, stage: str) -> None:
+        """Check the run before any work is done.
+
+        Raises:
+            ValueError: If an option cannot work; the message says what can.
+        """
+        for reward in self.rewards.values():
+            reward.to(self.device)
+        steps = {self.eval_num_inference_steps}
+        if stage == "fit":
+            self._check_trainer()
+            steps.add(self.num_inference_steps)
+        for number in steps:
+            self.policy.scheduler.set_timesteps(number)
+        for reward in self.rewards.values():
+            self._check_reward(reward)
+
+    def _check_trainer(self) -> None:
+        if self.reward is None:
+            raise ValueError(f"{type(self).__name__} needs a `reward`.")
+        if not any(p.requires_grad for p in self.policy.parameters()):
+            raise ValueError("The policy has `train: none`; use 'lora' or 'full' to fit it.")
+        precision = str(self.trainer.precision)
+        if (
+            precision.endswith("-true")
+            and precision != "32-true"
+            and self.policy.train_mode == "lora"
+        ):
+            raise ValueError(
+                f"`precision: {precision}` would cast the LoRA weights, the VAE and the rewards; "
+                "use `precision: bf16-mixed`, or `policy.dtype: bfloat16` for a bf16 base with "
+                "float32 LoRA."
+            )
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(FSDP_MESSAGE)
+
+    @torch.no_grad()
+    def _check_reward(self, reward: RewardModule) -> None:
+        images = torch.full((2, 3, *self.policy.image_size), 0.5, device=self.device)
+        groups = torch.zeros(2, dtype=torch.int64, device=self.device)
+        checked_scores(reward, reward(images, ["", ""], [None, None], groups), 2)
+
+    def experience(self, loader: Any) -> Any:
+        """Return the training loader made of a `PromptLoader`; here the loader itself."""
+        self._warn_of_long_prompts(loader.prompts)
+        return loader
+
+    def _warn_of_long_prompts(self, prompts: Sequence[tuple[str, Any]]) -> None:
+        texts = [prompts[i][0] for i in range(min(len(prompts), _PROMPTS_CHECKED))]
+        long = [text for text, cut in zip(texts, self.policy.truncated(texts), strict=True) if cut]
+        if long:
+            rank_zero_warn(
+                f"{len(long)} of {len(texts)} prompts are longer than the text encoder reads; the "
+                f"model does not see their ends. The first is {long[0][:100]!r}."
+            )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over the trainable parameters."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the gradient, before clipping."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+
+    @torch.no_grad()
+    def generate(self, batch: PromptBatch, purpose: str = "val") -> Tensor:
+        """Return images [B, 3, H, W] in [0, 1] by the deterministic sampler.
+
+        The noise of a sample is keyed by (purpose, seed, position): the same at every call.
+        """
+        trajectory = self.policy.sample(
+            self.policy.encode_prompt(batch.prompts),
+            num_inference_steps=self.eval_num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            generator=sample_generators(purpose, self.seed, 0, batch.positions.tolist()),
+            stochastic_steps=(),
+        )
+        return quantize(self.policy.decode(trajectory.latents[:, -1]))
+
+    @torch.no_grad()
+    def evaluate(self, batch: PromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return images [B, 3, H, W] and their scores [B] by every reward."""
+        images = self.generate(batch)
+        scores = {name: self.score(reward, images, batch) for name, reward in self.rewards.items()}
+        return images, scores
+
+    def score(self, reward: RewardModule, images: Tensor, batch: PromptBatch) -> Tensor:
+        """Return the scores [B] float32, NaN where an image could not be scored."""
+        with torch.autocast(self.device.type, enabled=False):
+            scores = reward(images.float(), batch.prompts, batch.metadata, batch.group_ids)
+        return checked_scores(reward, scores, len(images)).to(self.device)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample and score; the scores go to the callbacks and into the means."""
+        images, scores = self.evaluate(batch)
+        for name, values in scores.items():
+            self.val_means[name].update(values)
+        return {"images": images, "scores": scores}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/reward/<name>`, the mean over all images that could be scored."""
+        self._log_means("val")
+        self.log_dict({name: float(count) for name, count in self.counters.items()})
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Sample and score, as in validation."""
+        return self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/reward/<name>`."""
+        self._log_means("test")
+
+    def _log_means(self, stage: str) -> None:
+        for name, mean in self.val_means.items():
+            self.log(f"{stage}/reward/{name}", mean.compute())
+            mean.reset()
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Return the prompts, images [B, 3, H, W] in [0, 1] and scores of a batch."""
+        images, scores = self.evaluate(batch)
+        return {"prompts": batch.prompts, "images": images, "scores": scores}
+
+    def save_pretrained(self, path: str, dtype: torch.dtype | None = None) -> None:
+        """Write what plain diffusers reads: a LoRA file, or a full pipeline folder."""
+        self.policy.save_pretrained(path, dtype)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trainable tensors, counters, statistics, and what the checkpoint is."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if name in trained
+        }
+        checkpoint["hyper_parameters"] = {
+            name: value
+            for name, value in checkpoint.get("hyper_parameters", {}).items()
+            if not _holds_module(value)
+        }
+        checkpoint["lit_align"] = {
+            **self._identity(),
+            "version": __version__,
+            "torch": str(torch.__version__),
+            "counters": dict(self.counters),
+            "rewards": {name: reward.statistics() for name, reward in self.rewards.items()},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore counters and statistics.
+
+        Raises:
+            ValueError: If the checkpoint belongs to another method or policy, or lacks a tensor.
+        """
+        stored = checkpoint["lit_align"]
+        for key, value in self._identity().items():
+            if stored[key] != value:
+                raise ValueError(
+                    f"The checkpoint has {key} {stored[key]!r}, this run {value!r}; give the "
+                    "configuration that the checkpoint was made with."
+                )
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        missing = sorted(trained - set(checkpoint["state_dict"]))
+        if missing:
+            raise ValueError(f"The checkpoint lacks {len(missing)} tensors, first {missing[0]!r}.")
+        self.counters = dict(stored["counters"])
+        for name, statistics in stored["rewards"].items():
+            if name in self.rewards:
+                self.rewards[name].load_statistics(statistics)
+
+    def _identity(self) -> dict[str, str]:
+        return {"method": type(self).__name__, "policy": self.policy.fingerprint()}
+
+
+FSDP_MESSAGE = (
+    "`strategy: fsdp` (FSDP1) cannot run several forwards per backward; use `strategy: ddp`, or "
+    "FSDP2 by `strategy: {class_path: lightning.pytorch.strategies.ModelParallelStrategy}`."
+)
+
+
+def quantize(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to the 256 levels that a file holds, so that scores refer to it."""
+    return (images * 255).round() / 255
+
+
+def _holds_module(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_module(item) for item in value.values())
+    return isinstance(value, nn.Module)

@@ -1,0 +1,273 @@
+"""Methods that learn from their own samples: rollout, score, targets, minibatches, loss."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lit_align.algorithms.base import AlignmentModule, quantize
+from lit_align.data.experience import ExperienceLoader
+from lit_align.data.planner import MinibatchOrder, RoundPlan
+from lit_align.functional.noise import sample_generators
+from lit_align.policies.base import DiffusionPolicy
+from lit_align.rewards.base import RewardModule
+from lit_align.trajectory import PromptBatch, Trajectory, Transition
+
+Logs = dict[str, Tensor]
+
+
+class OnlineModule(AlignmentModule, ABC):
+    """Sample, score and update in rounds; one Lightning epoch is one round.
+
+    A subclass implements `compute_targets` and `loss`. The arguments that are not listed are those
+    of `AlignmentModule`.
+
+    Args:
+        prompts_per_round: Prompts per round, over all processes.
+        samples_per_prompt: Images per prompt.
+        rollout_batch_size: Images sampled at once, per process.
+        minibatch_size: (sample, step) pairs per minibatch and process.
+        num_inner_epochs: Passes over the round's pairs.
+        timestep_fraction: Share of the steps with a density that each sample is trained on, drawn
+            at random per sample and pass.
+        minibatch_order: "sample_major" takes all steps of a sample together, "timestep_major" one
+            step of every sample before the next.
+        cfg_grad: Whether gradient also flows through the unconditional branch of guidance.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        reward: RewardModule | None = None,
+        eval_rewards: dict[str, RewardModule] | None = None,
+        lr: float = 3e-4,
+        weight_decay: float = 1e-4,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        eval_num_inference_steps: int | None = None,
+        seed: int = 42,
+        prompts_per_round: int = 256,
+        samples_per_prompt: int = 1,
+        rollout_batch_size: int = 8,
+        minibatch_size: int = 4,
+        num_inner_epochs: int = 1,
+        timestep_fraction: float = 1.0,
+        minibatch_order: MinibatchOrder = "sample_major",
+        cfg_grad: Literal["both", "cond_only"] = "both",
+    ) -> None:
+        super().__init__(
+            policy, reward, eval_rewards, lr, weight_decay, num_inference_steps, guidance_scale,
+            eval_num_inference_steps, seed,
+        )  # fmt: skip
+        if not 0 < timestep_fraction <= 1:
+            raise ValueError(f"`timestep_fraction` must lie in (0, 1], got {timestep_fraction}.")
+        self.prompts_per_round = prompts_per_round
+        self.samples_per_prompt = samples_per_prompt
+        self.rollout_batch_size = rollout_batch_size
+        self.minibatch_size = minibatch_size
+        self.num_inner_epochs = num_inner_epochs
+        self.timestep_fraction = timestep_fraction
+        self.minibatch_order = minibatch_order
+        self.cfg_grad = cfg_grad
+        self._pending_logs: dict[str, float] = {}
+        self._window: list[Logs] = []
+        self._update_started = 0.0
+        self._experience: ExperienceLoader | None = None
+        self._experience_state: dict[str, Any] | None = None
+
+    @abstractmethod
+    def compute_targets(self, trajectory: Trajectory) -> Trajectory:
+        """Return the trajectory with `advantages` [B], NaN where a sample must not count."""
+
+    @abstractmethod
+    def loss(self, minibatch: Transition) -> tuple[Tensor, Logs]:
+        """Return the loss of a minibatch and what to log of it, scalars by name."""
+
+    # What a round is made of.
+
+    def rollout(self, batch: PromptBatch, round_index: int) -> Trajectory:
+        """Sample one trajectory per prompt of the batch and decode its image."""
+        conditioning = self.policy.encode_prompt(batch.prompts)
+        positions = batch.positions.tolist()
+        with self._progress(len(batch) * self.num_inference_steps) as bar:
+            trajectory = self.policy.sample(
+                conditioning,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                generator=sample_generators("rollout", self.seed, round_index, positions),
+                progress=lambda: bar.update(len(batch)),
+            )
+        images = quantize(self.policy.decode(trajectory.latents[:, -1]))
+        return trajectory.replace(batch=batch, images=images)
+
+    def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
+        """Run one round: rollout, score, targets, in the trainer's precision and without grad."""
+        started = time.perf_counter()
+        chunks = torch.arange(len(batch)).split(self.rollout_batch_size)
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            trajectory = Trajectory.concatenate(
+                [self.rollout(batch.select(chunk), round_index) for chunk in chunks]
+            )
+        sampled = time.perf_counter()
+        trajectory = self._score(trajectory)
+        scored = time.perf_counter()
+        trajectory = self._weigh(self.compute_targets(trajectory))
+        self._count(len(trajectory) * self.num_inference_steps, rewards=len(trajectory))
+        self._pending_logs |= {
+            "time/rollout": sampled - started,
+            "time/reward": scored - sampled,
+            **({"time/update": started - self._update_started} if self._update_started else {}),
+        }
+        self._update_started = time.perf_counter()
+        return trajectory.replace(images=None)
+
+    @torch.no_grad()
+    def _score(self, trajectory: Trajectory) -> Trajectory:
+        assert self.reward is not None
+        assert trajectory.images is not None
+        assert trajectory.batch is not None
+        self.reward.train()  # running statistics follow training samples only
+        rewards = self.score(self.reward, trajectory.images, trajectory.batch)
+        self.reward.eval()
+        everywhere = self.gathered(rewards)
+        valid = everywhere[~everywhere.isnan()]
+        self._pending_logs |= {
+            f"rollout/reward/{self.reward.name}": float(valid.mean()),
+            f"rollout/reward_std/{self.reward.name}": float(valid.std(correction=0)),
+            "rollout/invalid": float(len(everywhere) - len(valid)),
+        }
+        return trajectory.replace(rewards=rewards)
+
+    def _weigh(self, trajectory: Trajectory) -> Trajectory:
+        """Give samples without a finite advantage weight 0, and the others equal weights.
+
+        Weights average to 1 over all processes, so that the mean of weighted losses is the mean
+        over valid samples, whatever their distribution over minibatches and processes.
+        """
+        advantages = trajectory.advantages
+        if advantages is None:
+            raise ValueError(f"{type(self).__name__}.compute_targets must set `advantages`.")
+        valid = advantages.isfinite()
+        share = self.gathered(valid.float()).mean()
+        return trajectory.replace(
+            advantages=advantages.where(valid, 0.0).float(),
+            weights=valid.float() / share.clamp(min=1e-8),
+        )
+
+    def minibatches(self, trajectory: Trajectory, round_index: int) -> Iterator[Transition]:
+        """Cut the round into minibatches of (sample, step) pairs in the chosen order."""
+        for samples, steps in self.plan.cut(round_index):
+            yield trajectory.transitions(samples, steps)
+
+    # How it is fed to Lightning.
+
+    def experience(self, loader: Any) -> ExperienceLoader:
+        """Return the loader of minibatches over a `PromptLoader`, continued if restored."""
+        self._experience = ExperienceLoader(self, super().experience(loader))
+        if self._experience_state is not None:
+            self._experience.load_state_dict(self._experience_state)
+        return self._experience
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the loader too: Lightning does so only in the middle of an epoch."""
+        super().on_load_checkpoint(checkpoint)
+        states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
+        if states:
+            self._experience_state = states[0]
+            if self._experience is not None:
+                self._experience.load_state_dict(states[0])
+
+    @property
+    def plan(self) -> RoundPlan:
+        """The sizes and orders of a round."""
+        density_steps = tuple(self.policy.scheduler.density_steps)
+        return RoundPlan(
+            prompts_per_round=self.prompts_per_round,
+            samples_per_prompt=self.samples_per_prompt,
+            rollout_batch_size=self.rollout_batch_size,
+            minibatch_size=self.minibatch_size,
+            num_inner_epochs=self.num_inner_epochs,
+            steps=density_steps,
+            trained_steps=max(1, int(len(density_steps) * self.timestep_fraction)),
+            minibatch_order=self.minibatch_order,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Check that there is a density to learn from and that all batch sizes divide."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        self.policy.scheduler.set_timesteps(self.num_inference_steps)
+        if not len(self.policy.scheduler.density_steps):
+            raise ValueError(
+                f"{type(self).__name__} needs a stochastic sampler: set `eta` above 0 (DDIM), or a "
+                "`kind` other than 'ode' and a positive `noise_level` (flow matching)."
+            )
+        self.plan.check(self.trainer.accumulate_grad_batches)
+
+    def on_train_start(self) -> None:
+        """Print the arithmetic of a round once."""
+        self.print(self.plan.describe(self.trainer.accumulate_grad_batches))
+
+    def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
+        """Return the loss of a minibatch.
+
+        Raises:
+            TypeError: If the batch holds bare prompts.
+        """
+        if not isinstance(batch, Transition):
+            raise TypeError(
+                f"{type(self).__name__} trains on its own samples, but the loader yields "
+                f"{type(batch).__name__}; use a PromptDataModule, or wrap a PromptLoader: "
+                "`trainer.fit(module, module.experience(loader))`."
+            )
+        loss, logs = self.loss(batch)
+        self._window.append({"train/loss": loss, **logs})
+        self._window[-1] = {name: value.detach() for name, value in self._window[-1].items()}
+        self._count(len(batch))
+        for name, value in self._pending_logs.items():
+            self.log(name, value, batch_size=len(batch))
+        self._pending_logs = {}
+        self.log_dict({name: float(count) for name, count in self.counters.items()})
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the means over the minibatches of this optimiser step, and the gradient's norm."""
+        super().on_before_optimizer_step(optimizer)
+        for name in self._window[0]:
+            mean = torch.stack([logs[name] for logs in self._window]).mean()
+            self.log(name, mean, sync_dist=True, prog_bar=name == "train/loss")
+        self._window = []
+
+    # What subclasses need.
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Return the values of all processes [W * B, ...], rank by rank."""
+        if self.trainer.world_size == 1:
+            return values
+        everywhere: Any = self.all_gather(values)
+        gathered: Tensor = everywhere.flatten(0, 1)
+        return gathered
+
+    def globally(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        """Return `function` of the values of all processes, cut back to this process's share."""
+        result = function(*(self.gathered(value) for value in values))
+        return result.chunk(self.trainer.world_size)[self.trainer.global_rank]
+
+    def _count(self, latents: int, rewards: int = 0) -> None:
+        branches = 1 if self.guidance_scale == 1 else 2
+        self.counters["denoiser_calls"] += latents * branches * self.trainer.world_size
+        self.counters["reward_queries"] += rewards * self.trainer.world_size
+
+    def _progress(self, total: int) -> Any:
+        quiet = self.trainer.progress_bar_callback is None or self.trainer.global_rank > 0
+        return tqdm(total=total, desc="Rollout", unit="call", leave=False, disable=quiet)

@@ -1,0 +1,132 @@
+"""Runs a list of configurations over seeds, and draws the curves and the table behind a README.
+
+    python -m lit_align.benchmarks.grid --runs configs/ddpo/runs.yaml
+
+Finished runs are skipped and broken ones resumed, so the command may be repeated. Each run leaves
+one small CSV, `results/<run>_seed<N>.csv` beside the list: the validation rows of its metrics.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from lit_align.run_folder import newest_checkpoint
+
+Rows = list[dict[str, float]]
+_RUNS_DIR = "runs/grid"
+
+
+def grid(runs: str, only: str | None = None, draw_only: bool = False) -> None:
+    """Run what is missing, then draw.
+
+    Args:
+        runs: A YAML file with `seeds`, and under `runs` a configuration and options per name.
+        only: Run only the names that contain this.
+        draw_only: Run nothing.
+    """
+    path = Path(runs)
+    listed: Any = OmegaConf.to_container(OmegaConf.load(path))
+    results = path.parent / "results"
+    results.mkdir(exist_ok=True)
+    for name, run in listed["runs"].items():
+        for seed in listed["seeds"]:
+            table = results / f"{name}_seed{seed}.csv"
+            if not (draw_only or table.exists() or (only and only not in name)):
+                _run(f"{name}_seed{seed}", run, seed, table)
+    curves = {name: _read_all(results, name, listed["seeds"]) for name in listed["runs"]}
+    summary = summarise(curves, listed["runs"])
+    (results / "summary.md").write_text(summary, encoding="utf-8")
+    print(summary)
+    _draw(curves, listed["runs"]).savefig(results / "curves.png")
+
+
+def _run(name: str, run: dict[str, Any], seed: int, table: Path) -> None:
+    words = ["fit", "--config", run["config"], "--name", name, "--runs_dir", _RUNS_DIR]
+    words += ["--seed_everything", str(seed), "--model.init_args.seed", str(seed)]
+    words += ["--trainer.enable_progress_bar", "false", *run.get("options", [])]
+    if newest_checkpoint(_RUNS_DIR, name):
+        words += ["--ckpt_path", "last"]
+    print(f"== {name}", flush=True)
+    subprocess.run([sys.executable, "-m", "lit_align", *words], check=True)
+    written = Path(_RUNS_DIR, name).glob("version_*/metrics.csv")
+    rows = validation_rows(max(written, key=lambda path: path.stat().st_mtime))
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def validation_rows(metrics: Path) -> Rows:
+    """Return `reward_queries` and `val/...` of the rows of a `metrics.csv` with a validation."""
+    with metrics.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = ["reward_queries", *sorted(k for k in rows[0] if k.startswith("val/"))]
+    return [{name: float(row[name]) for name in names} for row in rows if row[names[1]]]
+
+
+def _read_all(results: Path, name: str, seeds: Sequence[int]) -> list[Rows]:
+    found = []
+    for seed in seeds:
+        path = results / f"{name}_seed{seed}.csv"
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                found.append(
+                    [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+                )
+    return found
+
+
+def summarise(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> str:
+    """Return a Markdown table: base, last value and gain of each reward, over seeds."""
+    lines = [
+        "| run | reward | seeds | queries | base | aligned | gain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, seeds in curves.items():
+        for reward in [k for k in (seeds[0][0] if seeds else {}) if k.startswith("val/")]:
+            first, last = ([rows[i][reward] for rows in seeds] for i in (0, -1))
+            gains = [b - a for a, b in zip(first, last, strict=True)]
+            spread = statistics.stdev(gains) if len(gains) > 1 else float("nan")
+            lines.append(
+                f"| {name} | {reward.removeprefix('val/reward/')} | {len(seeds)} "
+                f"| {seeds[0][-1]['reward_queries']:.0f} | {statistics.mean(first):.4f} "
+                f"| {statistics.mean(last):.4f} | {statistics.mean(gains):+.4f} ± {spread:.4f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _draw(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> Figure:
+    """Draw, per run, each reward's gain over the base in the figure's units, mean and range."""
+    shown = [name for name, seeds in curves.items() if seeds]
+    figure = Figure(figsize=(4.2 * max(1, len(shown)), 3.4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
+    for axis, name in zip(axes, shown, strict=False):
+        seeds = curves[name]
+        for reward in [k for k in seeds[0][0] if k.startswith("val/")]:
+            queries = [row["reward_queries"] for row in seeds[0]]
+            gains = [[row[reward] - rows[0][reward] for row in rows] for rows in seeds]
+            columns = list(zip(*gains, strict=True))
+            label = reward.removeprefix("val/reward/")
+            (line,) = axis.plot(queries, [statistics.mean(c) for c in columns], label=label)
+            lows, highs = [min(c) for c in columns], [max(c) for c in columns]
+            axis.fill_between(queries, lows, highs, color=line.get_color(), alpha=0.2)
+        axis.axhline(0, color="gray", linewidth=0.5)
+        axis.set_title(runs[name].get("title", name), fontsize=9)
+        axis.set_xlabel("reward queries")
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("gain over the base, held-out prompts")
+    return figure
+
+
+if __name__ == "__main__":
+    auto_cli(grid, as_positional=False)

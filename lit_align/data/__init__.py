@@ -1,0 +1,1 @@
+"""Prompts, image-text pairs, and the loader that turns rollouts into minibatches."""

@@ -1,0 +1,94 @@
+"""The loader that turns rollouts into minibatches: one Lightning epoch is one round.
+
+    prompts --deal--> rollout --> rewards --> targets --> minibatches
+
+When Lightning starts an epoch the loader asks its collector for one round of experience, then
+yields the round's minibatches. It is lazy: the next round is sampled with updated weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from lit_align.data.planner import RoundPlan
+from lit_align.data.prompts import PromptLoader
+from lit_align.trajectory import PromptBatch, Trajectory, Transition
+
+
+class Collector(Protocol):
+    """What the loader needs of a module."""
+
+    @property
+    def plan(self) -> RoundPlan:
+        """The sizes and orders of a round."""
+
+    def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
+        """Sample, score and compute targets."""
+
+    def minibatches(self, trajectory: Trajectory, round_index: int) -> Iterator[Transition]:
+        """Cut a round into `plan.minibatches` minibatches."""
+
+
+class ExperienceLoader:
+    """Yields the minibatches of one round per iteration.
+
+    Its state is the round's number, the position in it, and the round itself, so that a
+    checkpoint taken within a round resumes with the same samples.
+
+    Args:
+        collector: Samples and scores; an `OnlineModule`.
+        prompts: The stream of prompts.
+    """
+
+    def __init__(self, collector: Collector, prompts: PromptLoader) -> None:
+        self.collector, self.prompts = collector, prompts
+        self._round = -1
+        self._served = 0
+        self._trajectory: Trajectory | None = None
+
+    def __len__(self) -> int:
+        """Return the number of minibatches per round and process."""
+        return self.collector.plan.minibatches
+
+    def __iter__(self) -> Iterator[Transition]:
+        """Collect a round, unless one was restored, and yield its minibatches.
+
+        Raises:
+            RuntimeError: If the collector cuts another number than it promised.
+        """
+        if self._trajectory is None or self._served == len(self):
+            self._round, self._served = self._round + 1, 0
+            batch = self.collector.plan.deal(self.prompts, self._round)
+            self._trajectory = self.collector.collect(batch, self._round)
+        minibatches = self.collector.minibatches(self._trajectory, self._round)
+        pending = next(itertools.islice(minibatches, self._served, None), None)
+        while pending is not None:
+            # Code after the last yield never runs, so the count is checked one ahead.
+            following = next(minibatches, None)
+            self._served += 1
+            if (following is None) != (self._served == len(self)):
+                raise RuntimeError(f"The round has not the {len(self)} minibatches it promised.")
+            yield pending
+            pending = following
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the cursor, the round in progress, and the prompts' position."""
+        unfinished = self._trajectory if self._served < len(self) else None
+        return {
+            "round": self._round,
+            "served": self._served,
+            "trajectory": unfinished.state_dict() if unfinished is not None else None,
+            "prompts": self.prompts.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self._round, self._served = state["round"], state["served"]
+        self.prompts.load_state_dict(state["prompts"])
+        restored = state["trajectory"]
+        if restored is not None:
+            batch = PromptBatch(**restored["batch"])
+            restored = Trajectory(**{**restored, "batch": batch})
+        self._trajectory = restored

@@ -1,0 +1,166 @@
+"""Who samples what in a round of online training, and in which order it is trained on.
+
+Prompts are dealt to lanes, and lanes to processes: prompt i of a round lies in lane i mod L, with
+L the largest divisor of `prompts_per_round` up to 64, and lane l on process l mod W. The training
+order takes one sample of each lane in turn. So any W processes with W dividing L see together, in
+each of their minibatches, exactly the samples that one process with minibatches W times as large
+sees, and take the same update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_align.data.prompts import PromptLoader
+from lit_align.functional.noise import keyed_generator
+from lit_align.trajectory import PromptBatch
+
+_MAX_LANES = 64
+
+MinibatchOrder = Literal["sample_major", "timestep_major"]
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The sizes and orders of a round.
+
+    Attributes:
+        prompts_per_round: Prompts P, over all processes.
+        samples_per_prompt: Samples S per prompt.
+        rollout_batch_size: Samples drawn at once, per process.
+        minibatch_size: (sample, step) pairs per minibatch and process.
+        num_inner_epochs: Passes over the pairs.
+        steps: Indices of the denoising steps that may be trained on.
+        trained_steps: How many of them each sample is trained on, drawn anew per sample and pass.
+        minibatch_order: "sample_major" takes all steps of a sample together, "timestep_major" one
+            step of every sample before the next.
+        seed: Of all draws.
+        rank: This process.
+        world_size: Number of processes W.
+    """
+
+    prompts_per_round: int
+    samples_per_prompt: int
+    rollout_batch_size: int
+    minibatch_size: int
+    num_inner_epochs: int
+    steps: tuple[int, ...]
+    trained_steps: int
+    minibatch_order: MinibatchOrder
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Samples per round and process."""
+        return self.prompts_per_round * self.samples_per_prompt // self.world_size
+
+    @property
+    def minibatches(self) -> int:
+        """Minibatches per round and process."""
+        return self.samples * self.trained_steps // self.minibatch_size * self.num_inner_epochs
+
+    def check(self, accumulate_grad_batches: int) -> None:
+        """Check that all sizes divide.
+
+        Raises:
+            ValueError: If one does not; the message lists values that do.
+        """
+        if self._lanes % self.world_size:
+            multiples = [self.world_size * n for n in range(1, self.prompts_per_round + 2)]
+            raise ValueError(
+                f"`prompts_per_round` ({self.prompts_per_round}) must be a multiple of the number "
+                f"of processes ({self.world_size}); use "
+                f"{_nearest(multiples, self.prompts_per_round)}."
+            )
+        pairs = self.samples * self.trained_steps
+        product = f"{self.samples} samples x {self.trained_steps} steps"
+        for name, value, total, what in (
+            ("rollout_batch_size", self.rollout_batch_size, self.samples, "samples"),
+            ("minibatch_size", self.minibatch_size, pairs, f"pairs ({product})"),
+            (
+                "trainer.accumulate_grad_batches",
+                accumulate_grad_batches,
+                self.minibatches,
+                "minibatches",
+            ),
+        ):
+            if value < 1 or total % value:
+                divisors = [d for d in range(1, total + 1) if total % d == 0]
+                raise ValueError(
+                    f"`{name}` ({value}) must divide the {total} {what} per round and process; use "
+                    f"{_nearest(divisors, value)}."
+                )
+
+    def describe(self, accumulate_grad_batches: int) -> str:
+        """Return the round's arithmetic in words."""
+        images = self.prompts_per_round * self.samples_per_prompt
+        return (
+            f"A round: {self.prompts_per_round} prompts x {self.samples_per_prompt} = {images} "
+            f"images; {self.trained_steps} trained steps x {self.num_inner_epochs} pass(es) = "
+            f"{self.minibatches} minibatches of {self.minibatch_size} pairs per process; "
+            f"{self.minibatches // accumulate_grad_batches} optimiser step(s)."
+        )
+
+    def deal(self, loader: PromptLoader, round_index: int) -> PromptBatch:
+        """Draw the round's prompts and return this process's samples."""
+        numbers = loader.take(self.prompts_per_round)
+        slots = torch.arange(self.rank, self.prompts_per_round, self.world_size)
+        slots = slots.repeat_interleave(self.samples_per_prompt)
+        repeats = torch.arange(self.samples).remainder(self.samples_per_prompt)
+        batch = loader.batch([numbers[slot] for slot in slots.tolist()])
+        return batch.replace(
+            positions=slots * self.samples_per_prompt + repeats,
+            group_ids=round_index * self.prompts_per_round + slots,
+        )
+
+    def cut(self, round_index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the minibatches' samples [N] (places in this process's batch) and steps [N]."""
+        for epoch in range(self.num_inner_epochs):
+            order = self._sample_order(round_index, epoch)
+            steps = torch.stack([self._step_order(round_index, epoch, int(s)) for s in order])
+            samples = order[:, None].expand_as(steps)  # [B, trained steps]
+            if self.minibatch_order == "timestep_major":
+                samples, steps = samples.T, steps.T
+            yield from zip(
+                samples.flatten().split(self.minibatch_size),
+                steps.flatten().split(self.minibatch_size),
+                strict=True,
+            )
+
+    @property
+    def _lanes(self) -> int:
+        return max(d for d in range(1, _MAX_LANES + 1) if self.prompts_per_round % d == 0)
+
+    def _sample_order(self, round_index: int, epoch: int) -> Tensor:
+        depth = self.prompts_per_round // self._lanes * self.samples_per_prompt
+        lanes = range(self.rank, self._lanes, self.world_size)
+        columns = [
+            torch.randperm(
+                depth, generator=keyed_generator("order", self.seed, round_index, epoch, lane)
+            )
+            for lane in lanes
+        ]
+        table = torch.stack(columns, dim=1)  # [depth, lanes]: the k-th sample of each lane
+        prompts, repeats = table // self.samples_per_prompt, table % self.samples_per_prompt
+        places = prompts * len(lanes) + torch.arange(len(lanes))
+        return (places * self.samples_per_prompt + repeats).flatten()
+
+    def _step_order(self, round_index: int, epoch: int, sample: int) -> Tensor:
+        slot = self.rank + sample // self.samples_per_prompt * self.world_size
+        position = slot * self.samples_per_prompt + sample % self.samples_per_prompt
+        generator = keyed_generator("steps", self.seed, round_index, epoch, position)
+        chosen = torch.randperm(len(self.steps), generator=generator)[: self.trained_steps]
+        return torch.tensor(self.steps)[chosen]
+
+
+def _nearest(values: list[int], target: int, count: int = 5) -> str:
+    """Return the `count` values nearest to `target`, increasing."""
+    nearest = sorted(values, key=lambda value: abs(value - target))[:count]
+    return ", ".join(map(str, sorted(nearest)))

@@ -1,0 +1,1 @@
+"""Pure tensor functions shared by two or more methods."""

@@ -1,0 +1,116 @@
+"""Advantages from rewards: over the batch, over a group, or against a prompt's history.
+
+Rewards may hold NaN for images that could not be scored: they are left out of every statistic
+and their advantage is NaN.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def batch_advantages(rewards: Tensor, eps: float = 1e-8, correction: int = 0) -> Tensor:
+    """Return ``(r - mean) / (std + eps)`` over the batch [B], in float64.
+
+    Args:
+        rewards: [B].
+        eps: Added to the standard deviation.
+        correction: Subtracted from the count in the variance; 1 for the unbiased one.
+    """
+    rewards = rewards.double()
+    valid = rewards[~rewards.isnan()]
+    return (rewards - valid.mean()) / (_std(valid, correction) + eps)
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    eps: float = 1e-8,
+    correction: int = 1,
+    global_std: bool = False,
+) -> Tensor:
+    """Return ``(r - mean of its group) / (std + eps)`` [B], in float64.
+
+    The standard deviation is the group's (arXiv:2505.07818), or that of all rewards if
+    `global_std` (as in Flow-GRPO's code). A group of equal rewards gets advantages 0.
+
+    Args:
+        rewards: [B].
+        group_ids: [B] integers, equal within a group.
+        eps: Added to the standard deviation.
+        correction: Subtracted from the count in the variance; 1 for the unbiased one.
+        global_std: Divide by the standard deviation of the whole batch.
+    """
+    rewards = rewards.double()
+    advantages = torch.full_like(rewards, torch.nan)
+    everywhere = _std(rewards[~rewards.isnan()], correction)
+    for group in group_ids.unique():
+        member = (group_ids == group) & ~rewards.isnan()
+        values = rewards[member]
+        std = everywhere if global_std else _std(values, correction)
+        advantages[member] = (values - values.mean()) / (std + eps)
+    return advantages
+
+
+def _std(values: Tensor, correction: int) -> Tensor:
+    """Return the standard deviation, 0 where there are too few values."""
+    if len(values) <= correction:
+        return values.new_zeros(())
+    return values.std(correction=correction)
+
+
+class PromptStatistics:
+    """Recent rewards of each prompt, to normalise new ones by (arXiv:2305.13301, App. C).
+
+    Args:
+        buffer_size: Rewards kept per prompt.
+        min_count: With fewer, the statistics of the whole batch serve.
+    """
+
+    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
+        if not 1 <= min_count <= buffer_size:
+            raise ValueError(
+                f"`min_count` must lie in [1, buffer_size = {buffer_size}], got {min_count}."
+            )
+        self.buffer_size, self.min_count = buffer_size, min_count
+        self._history: dict[int, deque[float]] = {}
+
+    def advantages(self, rewards: Tensor, prompt_ids: Tensor, eps: float = 1e-6) -> Tensor:
+        """Record rewards and return ``(r - mean) / (std + eps)`` [B], in float64.
+
+        Mean and (population) standard deviation are those of the prompt's history, which already
+        holds the new rewards.
+
+        Args:
+            rewards: [B].
+            prompt_ids: [B] integers.
+            eps: Added to the standard deviation.
+        """
+        rewards = rewards.double()
+        advantages = torch.full_like(rewards, torch.nan)
+        valid = ~rewards.isnan()
+        for prompt in prompt_ids.unique().tolist():
+            member = (prompt_ids == prompt) & valid
+            history = self._history.setdefault(prompt, deque(maxlen=self.buffer_size))
+            history.extend(rewards[member].tolist())
+            known = rewards[valid] if len(history) < self.min_count else rewards.new_tensor(history)
+            advantages[member] = (rewards[member] - known.mean()) / (_std(known, 0) + eps)
+        return advantages
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the histories as tensors."""
+        return {
+            "prompts": torch.tensor(list(self._history), dtype=torch.int64),
+            "rewards": [torch.tensor(list(h), dtype=torch.float64) for h in self._history.values()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._history = {
+            prompt: deque(rewards.tolist(), maxlen=self.buffer_size)
+            for prompt, rewards in zip(state["prompts"].tolist(), state["rewards"], strict=True)
+        }

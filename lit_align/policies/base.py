@@ -1,0 +1,356 @@
+"""A text-to-image model as a policy: one interface over diffusers' pipelines."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from lit_align.functional.noise import randn
+from lit_align.policies import adapters, loading
+from lit_align.schedulers.base import StepOutput, StochasticScheduler
+from lit_align.trajectory import Trajectory, Transition
+
+Conditioning = dict[str, Tensor]
+SchedulerFactory = Callable[[Any], StochasticScheduler]
+
+MAX_TEXT_TOKENS = 256  # of encoders without a limit of their own (T5)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class DiffusionPolicy(nn.Module, ABC):
+    """A pretrained pipeline, a stochastic sampler over it, and the part of it that is trained.
+
+    Only the denoiser is ever trained; text encoders and VAE are frozen.
+
+    Args:
+        pretrained: A shipped name ("shapes-sd", "shapes-sd3"), a local pipeline folder, a hub id,
+            or a diffusers pipeline.
+        scheduler: Makes the stochastic scheduler from the pipeline's own; by default the family's.
+        train: "lora" adds low-rank adapters, "full" trains the whole denoiser, "none" nothing.
+        lora_rank: Rank of the adapters.
+        lora_alpha: Their scale is alpha / rank; by default alpha = rank.
+        lora_targets: Names of the denoiser's linear layers; by default the family's attention
+            projections.
+        dtype: "float32", "bfloat16" or "float16" for the frozen parts; adapters stay float32.
+        gradient_checkpointing: Trade compute for memory in the denoiser.
+
+    Raises:
+        ValueError: If the name is unknown, an option is out of range, or a LoRA target matches no
+            module.
+    """
+
+    pipeline_class: ClassVar[Any]
+    denoiser_name: ClassVar[str]
+    default_scheduler: ClassVar[Any]
+    default_lora_targets: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        pretrained: str | DiffusionPipeline,
+        scheduler: SchedulerFactory | None = None,
+        train: Literal["lora", "full", "none"] = "lora",
+        lora_rank: int = 4,
+        lora_alpha: float | None = None,
+        lora_targets: list[str] | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if train not in ("lora", "full", "none"):
+            raise ValueError(f"`train` must be 'lora', 'full' or 'none', got {train!r}.")
+        if train == "full" and dtype != "float32":
+            raise ValueError(
+                f"`dtype: {dtype}` is for frozen weights; to train the whole denoiser, keep "
+                "`dtype: float32` and set `trainer.precision: bf16-mixed`."
+            )
+        if isinstance(pretrained, str):
+            pipeline: Any = loading.load_pipeline(pretrained, self.pipeline_class)
+        else:
+            pipeline = pretrained
+        self.pretrained = pretrained if isinstance(pretrained, str) else type(pipeline).__name__
+        self.train_mode = train
+        # The pipeline is no module; its parts are, and both views share them.
+        self.pipeline = pipeline
+        self.denoiser: Any = getattr(pipeline, self.denoiser_name)
+        self.vae: Any = pipeline.vae
+        self.text_encoders = nn.ModuleList(
+            module
+            for name, module in sorted(pipeline.components.items())
+            if name.startswith("text_encoder") and module is not None
+        )
+        self.requires_grad_(False).eval()
+        self.to(_DTYPES[dtype])
+        make_scheduler: SchedulerFactory = scheduler or type(self).default_scheduler
+        self.scheduler = make_scheduler(pipeline.scheduler)
+        self._reference: nn.Module | None = None
+        if train == "lora":
+            targets = lora_targets or list(self.default_lora_targets)
+            adapters.add_lora(self.denoiser, lora_rank, lora_alpha or lora_rank, targets)
+        elif train == "full":
+            self.denoiser.requires_grad_(True)
+        if gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: str,
+        scheduler: SchedulerFactory | None = None,
+        train: Literal["lora", "full", "none"] = "lora",
+        lora_rank: int = 4,
+        lora_alpha: float | None = None,
+        lora_targets: list[str] | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> DiffusionPolicy:
+        """Build the policy of the family that `pretrained` belongs to; arguments as for the class.
+
+        Raises:
+            ValueError: If the name is unknown or its pipeline has no policy class.
+        """
+        families = {
+            family.pipeline_class.__name__: family
+            for family in _subclasses(cls)
+            if "pipeline_class" in vars(family)  # not the variants that users derive
+        }
+        name = loading.pipeline_name(pretrained)
+        if name not in families:
+            raise ValueError(
+                f"{pretrained!r} is a {name}, which has no policy; "
+                f"there are policies for {', '.join(sorted(families))}."
+            )
+        return families[name](
+            pretrained, scheduler, train, lora_rank, lora_alpha, lora_targets, dtype,
+            gradient_checkpointing,
+        )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the model's images in pixels."""
+        side = self.denoiser.config["sample_size"] * self.pipeline.vae_scale_factor
+        return side, side
+
+    def fingerprint(self) -> str:
+        """Return a name and hash of what is trained: the pipeline, and which of its tensors."""
+        trained = [(n, tuple(p.shape)) for n, p in self.named_parameters() if p.requires_grad]
+        digest = hashlib.blake2b(repr(trained).encode(), digest_size=4).hexdigest()
+        return f"{self.pretrained} ({self.train_mode}, {digest})"
+
+    @abstractmethod
+    def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the raw network output [B, ...] in the network's dtype.
+
+        Args:
+            latents: [B, C, H, W].
+            timesteps: [B], as the network takes them.
+            conditioning: The positive entries of `encode_prompt`.
+        """
+
+    @abstractmethod
+    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+        """Return text embeddings, each [B, ...]: those of the prompts, and under names starting
+        with "negative_" those of the empty prompt.
+        """  # noqa: D205
+
+    def truncated(self, prompts: Sequence[str]) -> list[bool]:
+        """Return which prompts are longer than what any of the text encoders reads."""
+        tokenizers = [
+            part
+            for name, part in self.pipeline.components.items()
+            if name.startswith("tokenizer") and part is not None
+        ]
+        lengths = [[len(ids) for ids in t(list(prompts)).input_ids] for t in tokenizers]
+        limits = [min(t.model_max_length, MAX_TEXT_TOKENS) for t in tokenizers]
+        return [
+            all(length > limit for length, limit in zip(of_prompt, limits, strict=True))
+            for of_prompt in zip(*lengths, strict=True)
+        ]
+
+    def predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        *,
+        cfg_grad: Literal["both", "cond_only"] = "both",
+    ) -> Tensor:
+        """Return the guided network output ``u + w (c - u)``, both branches in one forward.
+
+        Args:
+            latents: [B, C, H, W].
+            timesteps: [B].
+            conditioning: What `encode_prompt` returned.
+            guidance_scale: w; 1 leaves the unconditional branch out.
+            cfg_grad: Whether gradient also flows through the unconditional branch.
+
+        Returns:
+            [B, C, H, W] float32.
+        """
+        positive = {k: v for k, v in conditioning.items() if not k.startswith("negative_")}
+        if guidance_scale == 1:
+            return self(latents, timesteps, positive).float()
+        both = {k: torch.cat([conditioning[f"negative_{k}"], v]) for k, v in positive.items()}
+        output = self(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both).float()
+        unconditional, conditional = output.chunk(2)
+        if cfg_grad == "cond_only":
+            unconditional = unconditional.detach()
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        conditioning: Conditioning,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: Sequence[torch.Generator],
+        stochastic_steps: Collection[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        progress: Callable[[], Any] = lambda: None,
+    ) -> Trajectory:
+        """Run the sampler from noise to clean latents.
+
+        Args:
+            conditioning: What `encode_prompt` returned, for B samples.
+            num_inference_steps: T.
+            guidance_scale: Weight of classifier-free guidance.
+            generator: B generators; each draws its sample's initial noise, then the noise of its
+                stochastic steps in order.
+            stochastic_steps: Indices of the steps that add noise, () for the deterministic
+                sampler; by default all that have a density.
+            height: Of the image in pixels; by default the model's.
+            width: Of the image in pixels; by default the model's.
+            progress: Called after each step.
+        """
+        self.scheduler.set_timesteps(num_inference_steps, self.device)
+        noisy = self.scheduler.density_steps if stochastic_steps is None else stochastic_steps
+        latents = randn(self.latent_shape(height, width), generator, self.device)
+        path, log_probs = [latents], []
+        for index, timestep in enumerate(self.scheduler.timesteps):
+            timesteps = timestep.expand(len(latents))
+            output = self.predict(latents, timesteps, conditioning, guidance_scale)
+            step = self.scheduler.step(
+                output, timesteps, latents, generator=generator if index in noisy else None
+            )
+            latents = step.next_latents
+            path.append(latents)
+            log_probs.append(step.log_prob)
+            progress()
+        return Trajectory(
+            latents=torch.stack(path, dim=1),
+            timesteps=self.scheduler.timesteps.expand(len(latents), -1),
+            log_probs=torch.stack(log_probs, dim=1),
+            conditioning=conditioning,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+        )
+
+    def replay(
+        self, transition: Transition, *, cfg_grad: Literal["both", "cond_only"] = "both"
+    ) -> StepOutput:
+        """Evaluate recorded steps under the current weights, by the code path of `sample`."""
+        self.scheduler.set_timesteps(transition.num_inference_steps, self.device)
+        output = self.predict(
+            transition.latents,
+            transition.timesteps,
+            transition.conditioning,
+            transition.guidance_scale,
+            cfg_grad=cfg_grad,
+        )
+        return self.scheduler.step(
+            output, transition.timesteps, transition.latents, transition.next_latents
+        )
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Return (C, H, W) of one sample's latents for an image of that size in pixels."""
+        factor = self.pipeline.vae_scale_factor
+        side = self.denoiser.config["sample_size"]
+        rows = height // factor if height else side
+        columns = width // factor if width else side
+        return self.denoiser.config["in_channels"], rows, columns
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images [B, 3, H, W] in [0, 1], float32."""
+        config = self.vae.config
+        shift = config.get("shift_factor") or 0.0
+        scaled = (latents / config["scaling_factor"] + shift).to(self.vae.dtype)
+        return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return latents [B, C, H, W] float32 of images [B, 3, H, W] in [0, 1]."""
+        config = self.vae.config
+        posterior = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
+        return (posterior.mode().float() - (config.get("shift_factor") or 0.0)) * config[
+            "scaling_factor"
+        ]
+
+    def keep_reference(self) -> None:
+        """Make `reference` possible: copies a fully trained denoiser, needs nothing for LoRA."""
+        if self.train_mode == "full" and self._reference is None:
+            frozen = copy.deepcopy(self.denoiser).requires_grad_(False)
+            # Not registered: the copy belongs in no checkpoint and takes part in no sharding.
+            object.__setattr__(self, "_reference", frozen)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Run the pretrained weights: adapters off, or the kept copy.
+
+        Raises:
+            RuntimeError: If the whole denoiser is trained and no copy was kept.
+        """
+        if self.train_mode == "lora":
+            with adapters.disabled(self.denoiser):
+                yield
+        elif self.train_mode == "none":
+            yield
+        elif self._reference is None:
+            raise RuntimeError("Call `keep_reference()` before training to use `reference()`.")
+        else:
+            trained, self.denoiser = self.denoiser, self._reference.to(self.device)
+            try:
+                yield
+            finally:
+                self.denoiser = trained
+
+    @contextmanager
+    def use_adapter(self, name: str) -> Iterator[None]:
+        """Run with the LoRA adapter `name` ("default", or one made by `add_adapter`)."""
+        with adapters.active(self.denoiser, name):
+            yield
+
+    def add_adapter(self, name: str) -> None:
+        """Add a frozen copy of the trained LoRA adapter under another name."""
+        adapters.copy_adapter(self.denoiser, name)
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write what plain diffusers reads: a LoRA file, or a full pipeline folder.
+
+        Args:
+            path: A folder, made if missing.
+            dtype: Of the stored tensors; by default as they are.
+        """
+        if self.train_mode == "lora":
+            adapters.save_lora(self.denoiser, self.pipeline, self.denoiser_name, Path(path), dtype)
+        else:
+            loading.save_pipeline(self.pipeline, Path(path), dtype)
+
+
+def _subclasses(cls: type[DiffusionPolicy]) -> list[type[DiffusionPolicy]]:
+    direct = cls.__subclasses__()
+    return [*direct, *(deeper for child in direct for deeper in _subclasses(child))]

@@ -1,0 +1,160 @@
+"""Random-weight networks of the shapes world, ready to be pretrained.
+
+They are ordinary diffusers and transformers classes at a size that trains in an hour on two CPU
+cores; tests build their tiny models here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from lit_align.shapes.scene import IMAGE_SIZE
+from lit_align.shapes.tokens import MAX_TOKENS, byte_pair_tables
+
+_LATENT_SIDE = IMAGE_SIZE // 4
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """Return a CLIP tokenizer for captions of at most 14 words."""
+    vocab, merges = byte_pair_tables()
+    options: dict[str, Any] = {"vocab": vocab, "merges": merges}
+    return CLIPTokenizer(**options, model_max_length=MAX_TOKENS)
+
+
+def build_vae(widths: tuple[int, ...] = (16, 32, 32), layers_per_block: int = 1) -> AutoencoderKL:
+    """Return a VAE that maps 32x32 images to 4 x 8 x 8 latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=layers_per_block,
+        norm_num_groups=8,
+        latent_channels=4,
+        shift_factor=0.0,  # SD3 pipelines add it
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def build_shapes_sd(
+    vae: str | None = None,
+    widths: tuple[int, ...] = (32, 64),
+    text_width: int = 64,
+    prediction_type: str = "epsilon",
+) -> StableDiffusionPipeline:
+    """Return a Stable Diffusion pipeline with a random U-Net and text encoder.
+
+    Args:
+        vae: Folder of a trained VAE; random if None.
+        widths: Channels of the U-Net's resolutions.
+        text_width: Width of the text encoder.
+        prediction_type: "epsilon" or "v_prediction".
+    """
+    tokenizer = build_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=_LATENT_SIDE,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * len(widths),
+        up_block_types=("CrossAttnUpBlock2D",) * len(widths),
+        cross_attention_dim=text_width,
+        norm_num_groups=8,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    return StableDiffusionPipeline(
+        vae=_open_vae(vae),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, text_width)),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_shapes_sd3(
+    vae: str | None = None,
+    layers: int = 6,
+    heads: int = 4,
+    head_width: int = 24,
+    text_width: int = 64,
+) -> StableDiffusion3Pipeline:
+    """Return a Stable Diffusion 3 pipeline with a random transformer and two text encoders.
+
+    Args:
+        vae: Folder of a trained VAE; random if None.
+        layers: Transformer blocks.
+        heads: Attention heads.
+        head_width: Width of a head.
+        text_width: Width of each text encoder.
+    """
+    tokenizer = build_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=_LATENT_SIDE,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        caption_projection_dim=heads * head_width,
+        joint_attention_dim=2 * text_width,
+        pooled_projection_dim=2 * text_width,
+        pos_embed_max_size=_LATENT_SIDE // 2,
+    )
+    text_config = _text_config(tokenizer, text_width, layers=3)
+    return StableDiffusion3Pipeline(
+        vae=_open_vae(vae),
+        text_encoder=CLIPTextModelWithProjection(text_config),
+        text_encoder_2=CLIPTextModelWithProjection(text_config),
+        text_encoder_3=None,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def _open_vae(folder: str | None) -> AutoencoderKL:
+    return build_vae() if folder is None else AutoencoderKL.from_pretrained(folder)
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int = 2) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,90 @@
+"""Finding, opening and writing diffusers pipelines."""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+ASSETS = Path(str(resources.files("lit_align.shapes"))) / "assets"
+
+
+def shipped_pipelines() -> list[str]:
+    """Return the names of the pipelines inside the package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
+
+
+def resolve(pretrained: str) -> str:
+    """Return the folder of a shipped name, or the argument itself (a folder or a hub id)."""
+    return str(ASSETS / pretrained) if pretrained in shipped_pipelines() else pretrained
+
+
+def pipeline_name(pretrained: str) -> str:
+    """Return the class name in the pipeline's `model_index.json`.
+
+    Raises:
+        ValueError: If there is no such pipeline.
+    """
+    return str(_index(pretrained)["_class_name"])
+
+
+def _index(pretrained: str) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = DiffusionPipeline.load_config(resolve(pretrained))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no pipeline {pretrained!r}: it is not shipped "
+            f"({', '.join(shipped_pipelines())}), no folder with a model_index.json, and could not "
+            f"be fetched as a hub id ({type(error).__name__}: {str(error).splitlines()[0]})."
+        ) from error
+    return index
+
+
+def load_pipeline(pretrained: str, expected: Any) -> Any:
+    """Open a pipeline, its parts in the dtypes of their files.
+
+    Raises:
+        ValueError: If there is no such pipeline, or it is not an `expected` one.
+    """
+    index = _index(pretrained)
+    if index["_class_name"] != expected.__name__:
+        raise ValueError(
+            f"{pretrained!r} is a {index['_class_name']}, not a {expected.__name__}; use "
+            "`class_path: lit_align.policies.DiffusionPolicy.from_pretrained`, which picks the "
+            "policy by the pipeline."
+        )
+    # Parts saved as absent must be passed as None, and the safety checker changes images unseen.
+    absent = {
+        name: None
+        for name, value in index.items()
+        if name == "safety_checker" or (isinstance(value, list | tuple) and value[0] is None)
+    }
+    pipeline = expected.from_pretrained(resolve(pretrained), **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_pipeline(pipeline: Any, path: Path, dtype: torch.dtype | None) -> None:
+    """Write a pipeline folder, its tensors as `dtype` if given.
+
+    Text encoders are stored with ``"dtype": "float32"`` in their configuration, because plain
+    `from_pretrained` would otherwise load them in the stored dtype and the rest in float32.
+    """
+    if dtype is None:
+        pipeline.save_pretrained(path)
+        return
+    stored = copy.deepcopy(pipeline)
+    for part in stored.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, dtype)  # diffusers' own `to` warns of a cast that is meant
+    stored.save_pretrained(path)
+    for config_path in path.glob("text_encoder*/config.json"):
+        config = json.loads(config_path.read_text())
+        config["dtype"] = "float32"
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

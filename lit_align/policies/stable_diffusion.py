@@ -1,0 +1,34 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net with epsilon- or v-prediction and one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from lit_align.policies.base import Conditioning, DiffusionPolicy
+from lit_align.schedulers import StochasticDDIM
+
+
+class StableDiffusionPolicy(DiffusionPolicy):
+    """A `StableDiffusionPipeline` as a policy; the prediction type is the scheduler's."""
+
+    pipeline_class = StableDiffusionPipeline
+    denoiser_name = "unet"
+    default_scheduler = StochasticDDIM
+    default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the U-Net's output [B, 4, H, W]; see the base class."""
+        dtype = self.denoiser.dtype
+        embeds = conditioning["prompt_embeds"].to(dtype)
+        output: Tensor = self.denoiser(latents.to(dtype), timesteps, embeds, return_dict=False)[0]
+        return output
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+        """Return `prompt_embeds` and `negative_prompt_embeds`, each [B, tokens, width]."""
+        embeds, negative = self.pipeline.encode_prompt(
+            list(prompts), self.device, 1, do_classifier_free_guidance=True
+        )
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}

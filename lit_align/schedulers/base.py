@@ -1,0 +1,141 @@
+"""One denoising step as a Gaussian policy: next_latents ~ N(mean, std^2 I)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_align.functional.gaussian import at_least_float32, gaussian_log_prob, sample_gaussian
+from lit_align.functional.noise import randn
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """One denoising step of B samples.
+
+    Attributes:
+        next_latents: [B, ...] float32, one step closer to data.
+        mean: [B, ...] float32, of the transition.
+        std: [B] float32, of the transition; 0 for a deterministic step.
+        log_prob: [B] float32 log-density of `next_latents`, averaged over the non-batch
+            dimensions; NaN for a deterministic step, which has none.
+        pred_original: [B, ...] float32, the clean latents that the model output implies.
+    """
+
+    next_latents: Tensor
+    mean: Tensor
+    std: Tensor
+    log_prob: Tensor
+    pred_original: Tensor
+
+
+class StochasticScheduler(ABC):
+    """A sampling schedule whose steps have densities.
+
+    All arithmetic is float32 (float64 if the latents are), and every sample of a batch may be at
+    its own step.
+
+    Attributes:
+        timesteps: [T] as the network takes them, in sampling order; set by `set_timesteps`.
+        density_steps: Indices of the steps with a usable density, increasing.
+    """
+
+    timesteps: Tensor
+    density_steps: Sequence[int]
+
+    def __init__(self) -> None:
+        self._timetable: tuple[int, str] | None = None
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str = "cpu") -> None:
+        """Choose the number of steps; calling it again with the same arguments costs nothing.
+
+        Args:
+            num_inference_steps: T, positive.
+            device: Where the tables live.
+
+        Raises:
+            ValueError: If the schedule cannot be run in that many steps.
+        """
+        timetable = (num_inference_steps, str(device))
+        if self._timetable != timetable:
+            self._set_timesteps(num_inference_steps, torch.device(device))
+            self._timetable = timetable
+
+    def step(
+        self,
+        model_output: Tensor,
+        timesteps: Tensor,
+        latents: Tensor,
+        next_latents: Tensor | None = None,
+        *,
+        generator: Sequence[torch.Generator] | None = None,
+    ) -> StepOutput:
+        """Take one step, or evaluate the density of one that was taken.
+
+        Args:
+            model_output: Network output [B, ...].
+            timesteps: [B], members of `self.timesteps`.
+            latents: [B, ...].
+            next_latents: [B, ...]; if given, the step that was taken.
+            generator: One generator per sample for the noise of a new step. A new step without
+                generators is deterministic: it follows the probability-flow ODE.
+
+        Raises:
+            ValueError: If a timestep is not one of the schedule.
+        """
+        deterministic = next_latents is None and generator is None
+        index = self._index(timesteps)
+        mean, std, pred_original = self._transition(
+            at_least_float32(model_output), index, at_least_float32(latents), deterministic
+        )
+        if deterministic:
+            undefined = torch.full_like(std, torch.nan)
+            return StepOutput(mean, mean, torch.zeros_like(std), undefined, pred_original)
+        if next_latents is None:
+            assert generator is not None
+            noise = randn(latents.shape[1:], generator, latents.device)
+            next_latents = sample_gaussian(mean, std, noise)
+        log_prob = self._log_prob(next_latents, mean, std)
+        next_latents = at_least_float32(next_latents)
+        return StepOutput(next_latents, mean, std, log_prob, pred_original)
+
+    def _index(self, timesteps: Tensor) -> Tensor:
+        """Return the position [B] of each timestep in the schedule."""
+        found = timesteps[:, None] == self.timesteps
+        if not bool(found.any(dim=1).all()):
+            raise ValueError(
+                f"`timesteps` must be members of the schedule {self.timesteps.tolist()}, "
+                f"got {timesteps.tolist()}."
+            )
+        return found.int().argmax(dim=1)
+
+    def _log_prob(self, next_latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return gaussian_log_prob(next_latents, mean, std)
+
+    @abstractmethod
+    def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw times [count] from the distribution that the family is trained on."""
+
+    @abstractmethod
+    def corrupt(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return noised latents and the network output that denoises them, each [B, ...].
+
+        Args:
+            latents: Clean latents [B, ...].
+            noise: Standard normal [B, ...].
+            timesteps: [B], as the network takes them; any time, not only those of the schedule.
+        """
+
+    @abstractmethod
+    def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        """Fill `timesteps`, `density_steps` and the tables of the schedule."""
+
+    @abstractmethod
+    def _transition(
+        self, model_output: Tensor, index: Tensor, latents: Tensor, deterministic: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the transition's mean [B, ...], std [B], and the implied clean latents."""

@@ -1,0 +1,1 @@
+"""The shapes world: a renderer, a caption grammar and a verifier that knows the truth."""

@@ -1,0 +1,183 @@
+"""Frozen records that flow from rollout to loss, batch first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """A frozen dataclass whose tensors, dictionaries of tensors and records share the batch.
+
+    Lists hold one item per sample; every other field belongs to the whole batch.
+    """
+
+    def __len__(self) -> int:
+        """Return the batch size."""
+        return next(len(v) for v in self._fields().values() if isinstance(v, Tensor))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the record with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device), lambda items: items)
+
+    def select(self, index: Tensor) -> Self:
+        """Return the samples at the integer positions `index` [N]."""
+        positions = index.tolist()
+        return self._map(
+            lambda tensor: tensor[index.to(tensor.device)],
+            lambda items: [items[position] for position in positions],
+        )
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def concatenate(cls, records: Sequence[Self]) -> Self:
+        """Join records along the batch; fields of the whole batch are the first record's."""
+
+        def join(values: list[Any]) -> Any:
+            first = values[0]
+            if isinstance(first, Tensor):
+                return torch.cat(values)
+            if isinstance(first, Record):
+                return type(first).concatenate(values)
+            if isinstance(first, dict):
+                return {key: torch.cat([v[key] for v in values]) for key in first}
+            if isinstance(first, list):
+                return [item for value in values for item in value]
+            return first
+
+        return cls(
+            **{name: join([getattr(r, name) for r in records]) for name in records[0]._fields()}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fields as CPU tensors and plain values, for a checkpoint."""
+        fields = self.to("cpu")._fields()
+        return {k: v.state_dict() if isinstance(v, Record) else v for k, v in fields.items()}
+
+    def _fields(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def _map(
+        self, tensors: Callable[[Tensor], Tensor], lists: Callable[[list[Any]], list[Any]]
+    ) -> Self:
+        def convert(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return tensors(value)
+            if isinstance(value, Record):
+                return value._map(tensors, lists)
+            if isinstance(value, dict):
+                return {key: tensors(item) for key, item in value.items()}
+            return lists(value) if isinstance(value, list) else value
+
+        return dataclasses.replace(self, **{k: convert(v) for k, v in self._fields().items()})
+
+
+@dataclass(frozen=True)
+class PromptBatch(Record):
+    """B prompts to draw one sample each for.
+
+    Attributes:
+        prompts: B texts.
+        metadata: B dictionaries or None, what is known of each prompt.
+        prompt_ids: [B] int64, the prompt's number in its file.
+        positions: [B] int64, the sample's place in the round or the evaluation; with the seed and
+            the round it decides the sample's noise.
+        group_ids: [B] int64, equal for samples of one prompt draw; unique over all processes.
+    """
+
+    prompts: list[str]
+    metadata: list[dict[str, Any] | None]
+    prompt_ids: Tensor
+    positions: Tensor
+    group_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Trajectory(Record):
+    """B sampled trajectories of T denoising steps.
+
+    Attributes:
+        latents: [B, T + 1, ...] float32, from noise to clean.
+        timesteps: [B, T], as the network takes them.
+        log_probs: [B, T] float32; NaN at deterministic steps.
+        conditioning: Text embeddings, each [B, ...].
+        guidance_scale: Weight of classifier-free guidance.
+        num_inference_steps: T, which names the schedule's timetable.
+        batch: The prompts the samples answer.
+        images: [B, 3, H, W] in [0, 1], dropped once scored.
+        rewards: [B] float32, NaN where an image could not be scored.
+        advantages: [B] float32.
+        weights: [B] float32, 0 for samples that must not count in the loss.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    log_probs: Tensor
+    conditioning: dict[str, Tensor]
+    guidance_scale: float
+    num_inference_steps: int
+    batch: PromptBatch | None = None
+    images: Tensor | None = None
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    weights: Tensor | None = None
+
+    def transitions(self, samples: Tensor, steps: Tensor) -> Transition:
+        """Return the flat batch of (sample, step) pairs.
+
+        Args:
+            samples: [N] int64 positions in the batch.
+            steps: [N] int64 step indices.
+
+        Raises:
+            ValueError: If advantages or weights have not been computed yet.
+        """
+        if self.advantages is None or self.weights is None:
+            raise ValueError("`advantages` and `weights` must be set before minibatches are cut.")
+        return Transition(
+            latents=self.latents[samples, steps],
+            next_latents=self.latents[samples, steps + 1],
+            timesteps=self.timesteps[samples, steps],
+            old_log_prob=self.log_probs[samples, steps],
+            advantages=self.advantages[samples],
+            weights=self.weights[samples],
+            conditioning={key: value[samples] for key, value in self.conditioning.items()},
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.num_inference_steps,
+        )
+
+
+@dataclass(frozen=True)
+class Transition(Record):
+    """N (sample, step) pairs, what a policy-gradient loss sees.
+
+    Attributes:
+        latents: [N, ...] float32, before the step.
+        next_latents: [N, ...] float32, after it.
+        timesteps: [N], as the network takes them.
+        old_log_prob: [N] float32, under the policy that sampled.
+        advantages: [N] float32.
+        weights: [N] float32, 0 for pairs that must not count.
+        conditioning: Text embeddings, each [N, ...].
+        guidance_scale: Weight of classifier-free guidance.
+        num_inference_steps: The schedule's timetable.
+    """
+
+    latents: Tensor
+    next_latents: Tensor
+    timesteps: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    weights: Tensor
+    conditioning: dict[str, Tensor]
+    guidance_scale: float
+    num_inference_steps: int

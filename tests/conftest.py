@@ -1,0 +1,54 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lit_align.policies import SD3Policy, StableDiffusionPolicy
+from lit_align.policies.blueprints import build_shapes_sd, build_shapes_sd3
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Refuse every connection that leaves this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
+            raise AssertionError(f"A test tried to reach {address}.")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden():
+    return np.load(GOLDEN / "step_log_prob.npz")
+
+
+def tiny_pipeline(family, prediction_type="epsilon"):
+    """Return a pipeline of the real classes with few channels and random weights."""
+    torch.manual_seed(0)
+    if family == "sd3":
+        return build_shapes_sd3(layers=2, heads=2, head_width=8, text_width=16)
+    return build_shapes_sd(widths=(8, 16), text_width=16, prediction_type=prediction_type)
+
+
+def tiny_policy(family, prediction_type="epsilon", **options):
+    """Return a policy over `tiny_pipeline`; `family` is "sd" or "sd3"."""
+    policy_class = {"sd": StableDiffusionPolicy, "sd3": SD3Policy}[family]
+    return policy_class(tiny_pipeline(family, prediction_type), **options)

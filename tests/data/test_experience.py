@@ -1,0 +1,195 @@
+import dataclasses
+
+import pytest
+import torch
+
+from lit_align.data.experience import ExperienceLoader
+from lit_align.data.planner import RoundPlan
+from lit_align.data.prompts import PromptLoader
+from lit_align.trajectory import Trajectory
+
+PROMPTS = [(f"prompt {i}", {"number": i}) for i in range(40)]
+
+
+def make_plan(**changes):
+    return RoundPlan(
+        **{
+            "prompts_per_round": 8,
+            "samples_per_prompt": 2,
+            "rollout_batch_size": 4,
+            "minibatch_size": 12,
+            "num_inner_epochs": 2,
+            "steps": (0, 1, 2, 3),
+            "trained_steps": 3,
+            "minibatch_order": "sample_major",
+            "seed": 5,
+            **changes,
+        }
+    )
+
+
+def pairs(plan, round_index=0):
+    """Return, per minibatch, the set of (global position, step) pairs."""
+    batch = plan.deal(PromptLoader(PROMPTS, 1, shuffle=True), round_index)
+    return [
+        {(int(batch.positions[s]), int(k)) for s, k in zip(samples, steps, strict=True)}
+        for samples, steps in plan.cut(round_index)
+    ]
+
+
+@pytest.mark.parametrize("order", ["sample_major", "timestep_major"])
+def test_every_pass_trains_each_sample_on_the_promised_number_of_steps(order):
+    plan = make_plan(minibatch_order=order)
+    minibatches = pairs(plan)
+    assert len(minibatches) == plan.minibatches == 16 * 3 // 12 * 2
+    for half in (minibatches[:4], minibatches[4:]):
+        trained = [pair for minibatch in half for pair in minibatch]
+        assert len(set(trained)) == 16 * 3
+        for position in range(16):
+            assert len({k for p, k in trained if p == position}) == 3
+    assert minibatches[:4] != minibatches[4:]
+
+
+def test_orders_are_what_their_names_say():
+    samples, _ = next(make_plan(minibatch_order="sample_major").cut(0))
+    assert len(set(samples.tolist())) == 4  # 12 pairs = 4 samples x 3 steps
+    samples, _ = next(make_plan(minibatch_order="timestep_major").cut(0))
+    assert len(set(samples.tolist())) == 12
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("order", ["sample_major", "timestep_major"])
+@pytest.mark.parametrize("prompts", [8, 96])
+def test_processes_see_together_what_one_process_sees(prompts, order, world):
+    options = {"prompts_per_round": prompts, "minibatch_order": order}
+    whole = pairs(make_plan(minibatch_size=24, **options))
+    parts = [
+        pairs(make_plan(minibatch_size=24 // world, rank=rank, world_size=world, **options))
+        for rank in range(world)
+    ]
+    for minibatch, *shares in zip(whole, *parts, strict=True):
+        assert sum(map(len, shares)) == len(minibatch)
+        assert set().union(*shares) == minibatch
+
+
+def test_dealt_prompts_are_the_same_draw_on_every_process():
+    whole = make_plan().deal(PromptLoader(PROMPTS, 1, shuffle=True), 3)
+    parts = [
+        make_plan(rank=rank, world_size=2).deal(PromptLoader(PROMPTS, 1, shuffle=True), 3)
+        for rank in (0, 1)
+    ]
+    told = dict(zip(whole.positions.tolist(), whole.prompts, strict=True))
+    for part in parts:
+        for position, prompt, group, metadata in zip(
+            part.positions.tolist(),
+            part.prompts,
+            part.group_ids.tolist(),
+            part.metadata,
+            strict=True,
+        ):
+            assert told[position] == prompt
+            assert group == 3 * 8 + position // 2
+            assert metadata == {"number": int(prompt.split()[1])}
+    assert len(set(whole.group_ids.tolist())) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "accumulate", "message"),
+    [
+        ({"rollout_batch_size": 5}, 1, r"`rollout_batch_size` \(5\) .* 16 samples.*use .*4.*8"),
+        ({"minibatch_size": 7}, 1, r"`minibatch_size` \(7\) .* 48 pairs \(16 samples x 3 steps\)"),
+        ({}, 3, r"`trainer.accumulate_grad_batches` \(3\) .* 8 minibatches.*use 1, 2, 4, 8"),
+        ({"world_size": 3}, 1, r"`prompts_per_round` \(8\) .* processes \(3\); use .*6, 9"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named_with_values_that_do(changes, accumulate, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(**changes).check(accumulate)
+
+
+def test_arithmetic_in_words():
+    text = make_plan().describe(2)
+    assert "8 prompts x 2 = 16 images" in text
+    assert "8 minibatches of 12 pairs" in text
+    assert "4 optimiser step(s)" in text
+
+
+class FakeCollector:
+    """Counts its rounds; trajectories hold the round's number."""
+
+    def __init__(self, plan, lost=0):
+        self.plan, self.lost, self.collected = plan, lost, []
+
+    def collect(self, batch, round_index):
+        self.collected.append(round_index)
+        count = len(batch)
+        return Trajectory(
+            latents=torch.full((count, 5, 1), float(round_index)),
+            timesteps=torch.arange(4).expand(count, 4),
+            log_probs=torch.zeros(count, 4),
+            conditioning={"prompt_embeds": batch.positions[:, None].float()},
+            guidance_scale=1.0,
+            num_inference_steps=4,
+            batch=batch,
+            advantages=batch.positions.float(),
+            weights=torch.ones(count),
+        )
+
+    def minibatches(self, trajectory, round_index):
+        cuts = list(self.plan.cut(round_index))
+        for samples, steps in cuts[: len(cuts) - self.lost]:
+            yield trajectory.transitions(samples, steps)
+
+
+def make_loader(**options):
+    return ExperienceLoader(
+        FakeCollector(make_plan(), **options), PromptLoader(PROMPTS, 1, shuffle=True)
+    )
+
+
+def test_rounds_are_lazy_and_one_epoch_is_one_round():
+    loader = make_loader()
+    iterator = iter(loader)
+    assert loader.collector.collected == []
+    assert len([next(iterator), *iterator]) == len(loader) == 8
+    assert loader.collector.collected == [0]
+    assert {float(m.latents[0]) for m in loader} == {1.0}
+
+
+@pytest.mark.parametrize("lost", [1, -1])
+def test_a_broken_promise_raises(lost):
+    loader = make_loader(lost=max(lost, 0))
+    if lost < 0:
+        plan = loader.collector.plan
+        loader.collector.plan = dataclasses.replace(plan, num_inner_epochs=1)
+        loader.collector.minibatches = lambda trajectory, r: (
+            trajectory.transitions(s, k) for s, k in plan.cut(r)
+        )
+    with pytest.raises(RuntimeError, match="minibatches it promised"):
+        list(loader)
+
+
+@pytest.mark.parametrize("served", [0, 3, 8])
+def test_state_resumes_in_the_middle_of_a_round(served):
+    uninterrupted, loader, resumed = make_loader(), make_loader(), make_loader()
+    expected = [m.advantages for m in uninterrupted] + [m.advantages for m in uninterrupted]
+    iterator = iter(loader)
+    for _ in range(served):
+        next(iterator)
+    resumed.load_state_dict(loader.state_dict())
+    tail = [m.advantages for m in resumed]
+    if served < 8:
+        tail += [m.advantages for m in resumed]
+    for left, right in zip(expected[served:], tail, strict=True):
+        assert torch.equal(left, right)
+    assert resumed.collector.collected == ([1] if served > 0 else [0, 1])
+
+
+def test_round_state_is_loadable_as_weights_only(tmp_path):
+    loader = make_loader()
+    next(iter(loader))
+    torch.save(loader.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = make_loader()
+    resumed.load_state_dict(state)
+    assert len(list(resumed)) == 7
