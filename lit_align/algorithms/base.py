@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -178,6 +178,15 @@ class AlignmentModule(LightningModule, ABC):
         with torch.autocast(self.device.type, enabled=False):
             scores = reward(images.float(), batch.prompts, batch.metadata, batch.group_ids)
         return checked_scores(reward, scores, len(images)).to(self.device)
+
+    def validation_batches(self) -> Iterable[PromptBatch]:
+        """Return the validation loader, set up also before the first epoch that validates."""
+        if self.trainer.val_dataloaders is None and self.trainer.enable_validation:
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            self.trainer.training = True
+        loader: Iterable[PromptBatch] | None = self.trainer.val_dataloaders
+        return [] if loader is None else loader
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Sample and score; the scores go to the callbacks and into the means."""

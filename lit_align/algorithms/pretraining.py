@@ -1,11 +1,10 @@
 """Training the small base models: VAE, denoiser, dual encoder.
 
 VAE          mean |D(z) - x| + mean (D(z) - x)^2 + kl_weight KL(q(z|x) || N(0, I)), z ~ q(z|x)
-(arXiv:1312.6114)
 denoising    mean ||network(noised x0, t, prompt) - target||^2, prompt dropped with probability p
 target: epsilon or v (arXiv:2006.11239, arXiv:2202.00512), eps - x0 (arXiv:2210.02747)
-contrastive  symmetric cross-entropy over cosine / temperature (arXiv:2103.00020); pairs of
-equal captions count as positives together
+contrastive  symmetric cross-entropy over cosine / temperature, equal captions joint positives
+(arXiv:1312.6114, arXiv:2103.00020)
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from lit_align.functional.noise import keyed_generator
 from lit_align.policies.base import DiffusionPolicy
@@ -57,14 +57,9 @@ class Pretraining(LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.SequentialLR(
-            optimizer,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimizer, 1e-2, 1.0, self.warmup_steps),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - self.warmup_steps),
-            ],
-            milestones=[self.warmup_steps],
-        )
+        warmup = LinearLR(optimizer, 1e-2, 1.0, self.warmup_steps)
+        decay = CosineAnnealingLR(optimizer, total - self.warmup_steps)
+        schedule = SequentialLR(optimizer, [warmup, decay], [self.warmup_steps])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -153,9 +148,8 @@ class DenoisingPretraining(Pretraining):
         dropped = torch.rand(count, generator=generator) < self.prompt_dropout
         prompts = ["" if d else p for p, d in zip(batch["prompt"], dropped, strict=True)]
         noised, target = scheduler.corrupt(latents, noise, timesteps)
-        output = self.policy.predict(
-            noised, timesteps, self.policy.encode_prompt(prompts), guidance_scale=1
-        )
+        conditioning = self.policy.encode_prompt(prompts)
+        output = self.policy.predict(noised, timesteps, conditioning, guidance_scale=1)
         return F.mse_loss(output, target)
 
     @torch.no_grad()

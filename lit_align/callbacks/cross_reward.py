@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_align.algorithms.base import AlignmentModule
-from lit_align.trajectory import PromptBatch
 
 _HEADER = ("reward", "base", "aligned", "gain", "std. error", "gain / s.e.", "gain / base std")
 
@@ -29,12 +28,15 @@ class CrossRewardCallback(Callback):
     def __init__(self) -> None:
         self.base: dict[str, Tensor] = {}
         self._current: dict[str, list[Tensor]] = {}
+        self._validated_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the base model, unless the run is resumed."""
-        if self.base or not trainer.val_dataloaders:
+        if self.base:
             return
         self.base = _evaluate(trainer, pl_module)
+        if not self.base:  # there are no validation prompts
+            return
         means = {f"val/reward/{k}": float(v.nanmean()) for k, v in self.base.items()}
         for logger in trainer.loggers:
             logger.log_metrics({**means, "reward_queries": 0.0}, step=0)
@@ -42,6 +44,7 @@ class CrossRewardCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the previous validation."""
         self._current = {}
+        self._validated_step = trainer.global_step
 
     def on_validation_batch_end(
         self,
@@ -58,9 +61,14 @@ class CrossRewardCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and write the table."""
-        if not self.base or not self._current or not trainer.is_global_zero:
+        if not self.base:
             return
-        aligned = {name: torch.cat(scores) for name, scores in self._current.items()}
+        if self._validated_step == trainer.global_step:
+            aligned = {name: torch.cat(scores) for name, scores in self._current.items()}
+        else:  # the last round was not validated; on every process, as they sample in step
+            aligned = _evaluate(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
         rows = [compare_paired(name, self.base[name], aligned[name]) for name in self.base]
         table = _markdown([_HEADER, *rows])
         images = len(next(iter(self.base.values())))
@@ -83,8 +91,7 @@ def _evaluate(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
     """Return the scores [N] of all validation prompts by every reward."""
     assert isinstance(module, AlignmentModule)
     parts: dict[str, list[Tensor]] = {}
-    loader: list[PromptBatch] = trainer.val_dataloaders  # type: ignore[assignment]
-    for batch in loader:
+    for batch in module.validation_batches():
         with trainer.precision_plugin.forward_context():
             _, scores = module.evaluate(batch.to(module.device))
         for name, values in scores.items():

@@ -33,7 +33,8 @@ class SampleGallery(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample the base model's row, unless the run is resumed."""
-        if self.base is None and trainer.val_dataloaders:
+        assert isinstance(pl_module, AlignmentModule)
+        if self.base is None and any(True for _ in pl_module.validation_batches()):
             self.base = self._sample(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,6 +51,7 @@ class SampleGallery(Callback):
             print(f"\nSamples, base model above and aligned below: {self.path}")
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, AlignmentModule)
         if self.base is None or trainer.log_dir is None:
             return
         current = self._sample(trainer, module)  # on every process: they sample in step
@@ -58,19 +60,18 @@ class SampleGallery(Callback):
         self.path = Path(trainer.log_dir, "samples", f"round_{self._rounds:04d}.png")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = {"base": self.base, f"round {self._rounds}": current}
-        figure = draw_rows(rows, self._prompts(trainer).prompts)
+        figure = draw_rows(rows, self._prompts(module).prompts)
         figure.savefig(self.path)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("samples", figure, trainer.global_step)
 
-    def _prompts(self, trainer: Trainer) -> PromptBatch:
-        batch: PromptBatch = next(iter(trainer.val_dataloaders or []))
+    def _prompts(self, module: AlignmentModule) -> PromptBatch:
+        batch = next(iter(module.validation_batches()))
         return batch.select(torch.arange(min(self.num_prompts, len(batch))))
 
-    def _sample(self, trainer: Trainer, module: LightningModule) -> Tensor:
-        assert isinstance(module, AlignmentModule)
-        batch = self._prompts(trainer).to(module.device)
+    def _sample(self, trainer: Trainer, module: AlignmentModule) -> Tensor:
+        batch = self._prompts(module).to(module.device)
         with trainer.precision_plugin.forward_context():
             return uint8_images(module.generate(batch))
 

@@ -36,6 +36,21 @@ def test_the_base_is_scored_before_and_the_aligned_after(capsys, tmp_path):
     )
 
 
+@pytest.mark.parametrize("every", [2, 3, 5], ids=["not first", "last", "never"])
+def test_base_and_last_round_are_scored_whenever_validation_runs(every, tmp_path, capsys):
+    callback, gallery = CrossRewardCallback(), SampleGallery(num_prompts=2)
+    module = make_ddpo(lr=3e-2)
+    options = {"max_epochs": 3, "check_val_every_n_epoch": every, "default_root_dir": tmp_path}
+    fit(module, val=True, callbacks=[callback, gallery], **options)
+    fresh, loader = make_ddpo(), prompt_loader(shuffle=False)
+    base = torch.cat([fresh.evaluate(b)[1]["Colorfulness"] for b in loader])
+    torch.testing.assert_close(callback.base["Colorfulness"], base, atol=1e-6, rtol=0)
+    aligned = torch.cat([module.evaluate(b)[1]["Colorfulness"] for b in loader])
+    row = compare_paired("Colorfulness", callback.base["Colorfulness"], aligned)
+    assert f"| {row[1]} | {row[2]} |" in capsys.readouterr().out
+    assert gallery.base.shape == (2, 32, 32, 3)
+
+
 def test_callbacks_never_change_what_is_learned():
     """The weights after a run are the same with and without them."""
     runs = []
