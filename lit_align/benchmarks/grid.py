@@ -71,7 +71,7 @@ def validation_rows(metrics: Path) -> Rows:
     with metrics.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     names = ["reward_queries", *sorted(k for k in rows[0] if k.startswith("val/"))]
-    return [{name: float(row[name]) for name in names} for row in rows if row[names[1]]]
+    return [{name: float(row[name] or "nan") for name in names} for row in rows if row[names[1]]]
 
 
 def _read_all(results: Path, name: str, seeds: Sequence[int]) -> list[Rows]:
@@ -87,22 +87,32 @@ def _read_all(results: Path, name: str, seeds: Sequence[int]) -> list[Rows]:
 
 
 def summarise(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> str:
-    """Return a Markdown table: base, last value and gain of each reward, over seeds."""
+    """Return a Markdown table: base, last value and gain of each reward, over seeds (mean ± std)."""
     lines = [
-        "| run | reward | seeds | queries | base | aligned | gain |",
-        "|---|---|---|---|---|---|---|",
+        "| run | reward | seeds | queries | base | aligned | gain | gain / base std |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, seeds in curves.items():
-        for reward in [k for k in (seeds[0][0] if seeds else {}) if k.startswith("val/")]:
+        for reward in _rewards(seeds):
             first, last = ([rows[i][reward] for rows in seeds] for i in (0, -1))
             gains = [b - a for a, b in zip(first, last, strict=True)]
-            spread = statistics.stdev(gains) if len(gains) > 1 else float("nan")
+            unit = [rows[0][reward.replace("val/reward/", "val/reward_std/")] for rows in seeds]
+            sizes = [gain / std for gain, std in zip(gains, unit, strict=True)]
             lines.append(
                 f"| {name} | {reward.removeprefix('val/reward/')} | {len(seeds)} "
                 f"| {seeds[0][-1]['reward_queries']:.0f} | {statistics.mean(first):.4f} "
-                f"| {statistics.mean(last):.4f} | {statistics.mean(gains):+.4f} ± {spread:.4f} |"
+                f"| {statistics.mean(last):.4f} | {_spread(gains, 4)} | {_spread(sizes, 2)} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _rewards(seeds: list[Rows]) -> list[str]:
+    return [k for k in (seeds[0][0] if seeds else {}) if k.startswith("val/reward/")]
+
+
+def _spread(values: list[float], digits: int) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):+.{digits}f} ± {deviation:.{digits}f}"
 
 
 def _draw(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> Figure:
@@ -112,7 +122,7 @@ def _draw(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> Figure:
     axes = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
     for axis, name in zip(axes, shown, strict=False):
         seeds = curves[name]
-        for reward in [k for k in seeds[0][0] if k.startswith("val/")]:
+        for reward in _rewards(seeds):
             queries = [row["reward_queries"] for row in seeds[0]]
             gains = [[row[reward] - rows[0][reward] for row in rows] for rows in seeds]
             columns = list(zip(*gains, strict=True))

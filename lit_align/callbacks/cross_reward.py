@@ -19,7 +19,8 @@ class CrossRewardCallback(Callback):
 
     The trained reward and the held-out ones (`eval_rewards`) are measured on the same prompts
     with the same noise, so differences are paired. The base's means are logged as step 0 of
-    `val/reward/<name>`; at the end a table is printed and written to `summary.md`:
+    `val/reward/<name>`, their spread over images, the unit of the gains, as `val/reward_std/<name>`;
+    at the end a table is printed and written to `summary.md`:
 
         gain         mean of aligned - base over the images that both could be scored on
         std. error   standard deviation of the differences / sqrt(their number)
@@ -37,9 +38,12 @@ class CrossRewardCallback(Callback):
         self.base = _evaluate(trainer, pl_module)
         if not self.base:  # there are no validation prompts
             return
-        means = {f"val/reward/{k}": float(v.nanmean()) for k, v in self.base.items()}
+        logs = {"reward_queries": 0.0}
+        for name, scores in self.base.items():
+            logs[f"val/reward/{name}"] = float(scores.nanmean())
+            logs[f"val/reward_std/{name}"] = float(scores[~scores.isnan()].std())
         for logger in trainer.loggers:
-            logger.log_metrics({**means, "reward_queries": 0.0}, step=0)
+            logger.log_metrics(logs, step=0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the previous validation."""

@@ -1,10 +1,15 @@
 import csv
+import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lit_align.benchmarks import base_quality, grid, overhead
 from tests.conftest import tiny_pipeline
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def write(path, rows):
@@ -18,15 +23,15 @@ def test_validation_rows_are_cut_out_of_the_metrics(tmp_path):
     write(
         tmp_path / "metrics.csv",
         [
-            {"step": 0, "reward_queries": 0.0, "train/loss": "", "val/reward/r": 0.5},
-            {"step": 3, "reward_queries": 8.0, "train/loss": 1.0, "val/reward/r": ""},
-            {"step": 3, "reward_queries": 8.0, "train/loss": "", "val/reward/r": 0.75},
+            {"step": 0, "reward_queries": 0.0, "val/reward/r": 0.5, "val/reward_std/r": 0.2},
+            {"step": 3, "reward_queries": 8.0, "val/reward/r": "", "val/reward_std/r": ""},
+            {"step": 3, "reward_queries": 8.0, "val/reward/r": 0.75, "val/reward_std/r": ""},
         ],
     )
-    assert grid.validation_rows(tmp_path / "metrics.csv") == [
-        {"reward_queries": 0.0, "val/reward/r": 0.5},
-        {"reward_queries": 8.0, "val/reward/r": 0.75},
-    ]
+    first, last = grid.validation_rows(tmp_path / "metrics.csv")
+    assert first == {"reward_queries": 0.0, "val/reward/r": 0.5, "val/reward_std/r": 0.2}
+    assert last["val/reward/r"] == 0.75
+    assert math.isnan(last["val/reward_std/r"])
 
 
 def test_grid_skips_finished_runs_and_summarises(tmp_path, monkeypatch, capsys):
@@ -38,8 +43,8 @@ def test_grid_skips_finished_runs_and_summarises(tmp_path, monkeypatch, capsys):
         write(
             results / f"a_seed{seed}.csv",
             [
-                {"reward_queries": 0.0, "val/reward/r": 0.5},
-                {"reward_queries": 8.0, "val/reward/r": last},
+                {"reward_queries": 0.0, "val/reward/r": 0.5, "val/reward_std/r": 0.5},
+                {"reward_queries": 8.0, "val/reward/r": last, "val/reward_std/r": "nan"},
             ],
         )
     started = []
@@ -47,8 +52,8 @@ def test_grid_skips_finished_runs_and_summarises(tmp_path, monkeypatch, capsys):
     grid.grid(str(tmp_path / "runs.yaml"))
     assert started == ["b_seed0", "b_seed1"]
     summary = (results / "summary.md").read_text()
-    # gains 0.2 and 0.4: mean 0.3, standard deviation 0.1414
-    assert "| a | r | 2 | 8 | 0.5000 | 0.8000 | +0.3000 ± 0.1414 |" in summary
+    # gains 0.2 and 0.4: mean 0.3, standard deviation 0.1414; twice that in units of 0.5
+    assert "| a | r | 2 | 8 | 0.5000 | 0.8000 | +0.3000 ± 0.1414 | +0.60 ± 0.28 |" in summary
     assert (results / "curves.png").stat().st_size > 1000
 
 
@@ -77,3 +82,14 @@ def test_base_quality_prints_a_row_per_number_of_steps(tmp_path, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2")]
     assert [row.split("|")[1].strip() for row in rows] == ["2", "20"]
     assert (tmp_path / "tiny_single.png").is_file()
+
+
+def test_committed_tables_follow_from_the_committed_results():
+    for path in (ROOT / "configs").rglob("runs.yaml"):
+        listed = yaml.safe_load(path.read_text())
+        results = path.parent / "results"
+        curves = {n: grid._read_all(results, n, listed["seeds"]) for n in listed["runs"]}
+        assert all(len(seeds) == len(listed["seeds"]) for seeds in curves.values())
+        summary = grid.summarise(curves, listed["runs"])
+        assert (results / "summary.md").read_text() == summary
+        assert summary in (path.parent / "README.md").read_text()

@@ -3,7 +3,6 @@ import torch
 
 from lit_align.functional.noise import sample_generators
 from lit_align.policies import DiffusionPolicy, SD3Policy, StableDiffusionPolicy
-from lit_align.policies.loading import shipped_pipelines
 from tests.conftest import tiny_pipeline, tiny_policy
 
 ATOL = 1e-6
@@ -258,10 +257,6 @@ def test_bad_options_are_refused(tmp_path):
     tiny_pipeline("sd3").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline, not a StableDiffusionPipeline"):
         StableDiffusionPolicy(str(tmp_path))
-
-
-def test_shipped_names():
-    assert shipped_pipelines() == ["shapes-sd", "shapes-sd3"]
 
 
 def perturb(policy):

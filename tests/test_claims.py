@@ -1,0 +1,67 @@
+"""The claims of the tables, run again: `pytest -m slow`, about an hour on two CPU cores."""
+
+import csv
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_align.benchmarks.base_quality import score
+from lit_align.benchmarks.grid import grid
+from lit_align.data.prompts import PromptFile
+from lit_align.policies import DiffusionPolicy
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["shapes-sd", "shapes-sd3"])
+def test_base_pipelines_leave_room_to_improve(name):
+    rows = PromptFile("shapes-heldout")[:600]
+    single = [metadata["kind"] == "single" for _, metadata in rows]
+    policy = DiffusionPolicy.from_pretrained(name, train="none")
+
+    def compositions(scores):
+        return statistics.mean(s for s, alone in zip(scores, single, strict=True) if not alone)
+
+    by_steps = {steps: score(policy, rows, steps, 3.0)[1] for steps in (3, 5, 10, 20)}
+    assert 0.55 <= statistics.mean(by_steps[20]) <= 0.85
+    alone = statistics.mean(s for s, own in zip(by_steps[20], single, strict=True) if own)
+    assert alone - compositions(by_steps[20]) >= 0.10
+    means = [compositions(by_steps[steps]) for steps in (3, 5, 10)]
+    assert means == sorted(means)
+
+
+def curves(name, folder, monkeypatch):
+    """Run the three seeds of a run of configs/ddpo; return the validation rows of each."""
+    monkeypatch.chdir(folder)
+    listed = yaml.safe_load((ROOT / "configs" / "ddpo" / "runs.yaml").read_text())
+    run = listed["runs"][name]
+    run["config"] = str(ROOT / run["config"])
+    Path("runs.yaml").write_text(yaml.safe_dump({"seeds": [0, 1, 2], "runs": {name: run}}))
+    grid("runs.yaml")
+    files = sorted(Path("results").glob("*.csv"))
+    assert len(files) == 3
+    read = [list(csv.DictReader(path.read_text().splitlines())) for path in files]
+    return [[{k: float(v) for k, v in row.items()} for row in rows] for rows in read]
+
+
+def gains(seeds, reward, queries=5000):
+    """Return each seed's gain at the last validation within so many reward queries."""
+    name = f"val/reward/{reward}"
+    return [[r for r in rows if r["reward_queries"] <= queries][-1][name] - rows[0][name]
+            for rows in seeds]  # fmt: skip
+
+
+@pytest.mark.parametrize("pipeline", ["shapes-sd", "shapes-sd3"])
+def test_ddpo_learns_the_gold_reward_within_5000_queries(pipeline, tmp_path, monkeypatch):
+    seeds = curves(f"verifier_{pipeline}", tmp_path, monkeypatch)
+    assert min(gains(seeds, "ShapesVerifier")) >= 0.05
+
+
+def test_colorfulness_is_over_optimised(tmp_path, monkeypatch):
+    seeds = curves("colorfulness_shapes-sd", tmp_path, monkeypatch)
+    unit = statistics.mean(rows[0]["val/reward_std/Colorfulness"] for rows in seeds)
+    assert min(gains(seeds, "Colorfulness")) >= 0.6 * unit
+    assert max(gains(seeds, "ShapesVerifier")) <= -0.05
