@@ -16,12 +16,14 @@ Deviations:
     2. Prompts of a round are drawn without replacement; the official code draws each sample's
        prompt independently.
     3. Mean and std are those of the prompt's recent rewards ("per_prompt", the official default),
-       of the round ("batch"), or of the images of one prompt draw ("group", arXiv:2505.07818).
+       of the round ("batch"), or of the images of one prompt draw ("group", arXiv:2505.07818);
+       "group_mean" takes the mean there and the std in the round (arXiv:2505.05470, code).
     4. The KL penalty is an addition; the paper stops by eye instead.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -51,7 +53,7 @@ class DDPO(OnlineModule):
         estimator: "is" (importance sampling, clipped) or "sf" (score function).
         clip_range: Of the importance ratio; 1e-4 on 64x64x4 latents.
         adv_clip_max: Bound on advantages; None for no bound.
-        advantage_norm: "per_prompt", "batch" or "group".
+        advantage_norm: "per_prompt", "batch", "group" or "group_mean".
         buffer_size: Rewards kept per prompt, for "per_prompt".
         min_count: With fewer, the round's statistics serve.
         beta: Weight of the KL penalty to the pretrained model, per element; 0 for none.
@@ -79,7 +81,7 @@ class DDPO(OnlineModule):
         estimator: Literal["is", "sf"] = "is",
         clip_range: float = 1e-4,
         adv_clip_max: float | None = 5.0,
-        advantage_norm: Literal["per_prompt", "batch", "group"] = "per_prompt",
+        advantage_norm: Literal["per_prompt", "batch", "group", "group_mean"] = "per_prompt",
         buffer_size: int = 32,
         min_count: int = 16,
         beta: float = 0.0,
@@ -92,8 +94,11 @@ class DDPO(OnlineModule):
         )  # fmt: skip
         if clip_range <= 0:
             raise ValueError(f"`clip_range` must be positive, got {clip_range}.")
-        if advantage_norm == "group" and samples_per_prompt < 2:
-            raise ValueError("`advantage_norm: group` needs `samples_per_prompt` of at least 2.")
+        if advantage_norm.startswith("group") and samples_per_prompt < 2:
+            raise ValueError(
+                f"`advantage_norm: {advantage_norm}` needs `samples_per_prompt` of at least 2, "
+                f"got {samples_per_prompt}."
+            )
         self.estimator = estimator
         self.clip_range = clip_range
         self.adv_clip_max = adv_clip_max
@@ -110,9 +115,10 @@ class DDPO(OnlineModule):
         if self.advantage_norm == "per_prompt":
             ids = trajectory.batch.prompt_ids
             advantages = self.globally(self.statistics.advantages, trajectory.rewards, ids)
-        elif self.advantage_norm == "group":
+        elif self.advantage_norm.startswith("group"):
             ids = trajectory.batch.group_ids
-            advantages = self.globally(group_advantages, trajectory.rewards, ids)
+            normalise = partial(group_advantages, global_std=self.advantage_norm == "group_mean")
+            advantages = self.globally(normalise, trajectory.rewards, ids)
         else:
             advantages = self.globally(batch_advantages, trajectory.rewards)
         if self.adv_clip_max is not None:

@@ -87,7 +87,7 @@ def _read_all(results: Path, name: str, seeds: Sequence[int]) -> list[Rows]:
 
 
 def summarise(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> str:
-    """Return a Markdown table: base, last value and gain of each reward, over seeds (mean ± std)."""
+    """Return a Markdown table of each reward over seeds: base, last, gain (mean ± std)."""
     lines = [
         "| run | reward | seeds | queries | base | aligned | gain | gain / base std |",
         "|---|---|---|---|---|---|---|---|",

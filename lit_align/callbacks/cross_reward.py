@@ -19,8 +19,8 @@ class CrossRewardCallback(Callback):
 
     The trained reward and the held-out ones (`eval_rewards`) are measured on the same prompts
     with the same noise, so differences are paired. The base's means are logged as step 0 of
-    `val/reward/<name>`, their spread over images, the unit of the gains, as `val/reward_std/<name>`;
-    at the end a table is printed and written to `summary.md`:
+    `val/reward/<name>`, and its spread over images, the unit of gains, as `val/reward_std/<name>`.
+    At the end a table is printed and written to `summary.md`:
 
         gain         mean of aligned - base over the images that both could be scored on
         std. error   standard deviation of the differences / sqrt(their number)

@@ -120,6 +120,9 @@ def test_advantages_by_each_normalisation():
     torch.testing.assert_close(batch, (torch.tensor(rewards) - 3) / 5**0.5)
     group = targets(rewards, advantage_norm="group").advantages  # std sqrt(2) in each pair
     torch.testing.assert_close(group, torch.tensor([-1.0, 1, -1, 1]) / 2**0.5)
+    # rewards 0, 2, 4, 10 in pairs: deviations -1, 1, -3, 3 over their std sqrt(56 / 3)
+    mixed = targets([0.0, 2.0, 4.0, 10.0], advantage_norm="group_mean").advantages
+    torch.testing.assert_close(mixed, torch.tensor([-1.0, 1, -3, 3]) / (56 / 3) ** 0.5)
     own = targets(rewards, advantage_norm="per_prompt", min_count=2).advantages
     torch.testing.assert_close(own, torch.tensor([-1.0, 1, -1, 1]), atol=1e-5, rtol=0)
 
