@@ -35,6 +35,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Run every test in a folder of its own, so that none leaves anything behind."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def golden():
     return np.load(GOLDEN / "step_log_prob.npz")
