@@ -123,8 +123,7 @@ class CutMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember how far the checkpoint had logged."""
-        loop = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
-        self._step = loop["_batches_that_stepped"]
+        self._step = checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the rows that the resumed run will write again."""

@@ -109,6 +109,20 @@ def test_resume_continues_in_the_same_folder_as_if_nothing_had_happened(capsys):
     assert (half / "summary.md").read_text() == (whole / "summary.md").read_text()
 
 
+def test_resume_keeps_the_rows_of_the_round_that_wrote_the_checkpoint(monkeypatch):
+    """A checkpoint written at a validation's end, before Lightning has counted the round."""
+    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+              "init_args": {"save_on_train_epoch_end": False, "save_top_k": -1}}  # fmt: skip
+    config = yaml.safe_load(CONFIG)
+    config["trainer"] |= {"max_epochs": 3, "callbacks": [saving]}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    run = fit()
+    expected = metrics(run)
+    checkpoint = next((run / "checkpoints").glob("epoch=1-*.ckpt"))
+    fit("--ckpt_path", str(checkpoint))
+    assert metrics(run) == expected
+
+
 def test_resume_of_the_last_run_by_name_and_configuration_wins(capsys):
     fit("--trainer.max_epochs", "1")
     capsys.readouterr()
