@@ -1,6 +1,8 @@
 """Writes the shipped prompt lists: `python -m lit_align.benchmarks.shapes_prompts`.
 
 shapes-train    2,000 different captions of the train split
+shapes-mixture  2,000 captions of the train split in the mixture of the training pictures, half
+                of them single objects, drawn with repetition
 shapes-heldout  600 captions of the held-out split, drawn with repetition: it has few single objects
 shapes-unseen   200 different captions that name a colour-shape pair no denoiser was trained on
 """
@@ -21,6 +23,7 @@ def prompt_lists() -> dict[str, list[Facts]]:
     """Return the facts of every list by name."""
     return {
         "shapes-train": list(_different(sample_split("train", 20_000, seed=100), 2_000)),
+        "shapes-mixture": sample_split("train", 2_000, seed=400),
         "shapes-heldout": sample_split("heldout", 600, seed=200),
         "shapes-unseen": list(_different(sample_split("unseen", 5_000, seed=300), 200)),
     }
