@@ -11,6 +11,7 @@ from PIL import Image
 
 from lit_align.algorithms.base import AlignmentModule
 from lit_align.data.prompts import PromptFile
+from lit_align.policies.adapters import LORA_FILE
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import uint8_images
 
@@ -88,7 +89,7 @@ def _open_policy(
     if pretrained is not None:
         policy = DiffusionPolicy.from_pretrained(pretrained, train="none")
         if lora is not None:
-            policy.pipeline.load_lora_weights(lora)
+            policy.pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
         return policy, 20, 3.0
     assert ckpt_path is not None
     module = load_module(ckpt_path)

@@ -9,6 +9,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from lit_align.cli import main
 from lit_align.data.prompts import PromptFile
+from lit_align.policies.adapters import LORA_FILE
 from lit_align.policies.loading import ASSETS
 from lit_align.rewards.base import uint8_images
 from lit_align.verbs import export, generate, load_module, sample_images
@@ -276,7 +277,7 @@ def test_exported_weights_draw_the_same_images_in_plain_diffusers(name, train):
     if train == "lora":
         pipe = family.from_pretrained(ASSETS / name, **opening)
         base = plain_images(pipe, 5, 2.0, **calling)
-        pipe.load_lora_weights("exported")
+        pipe.load_lora_weights("exported", weight_name=LORA_FILE)
     else:
         base = plain_images(family.from_pretrained(ASSETS / name, **opening), 5, 2.0, **calling)
         pipe = family.from_pretrained("exported", **opening)

@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 ADAPTER = "default"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # named, as diffusers 0.38 offline does not look
 
 
 def add_lora(denoiser: Any, rank: int, alpha: float, targets: list[str]) -> None:

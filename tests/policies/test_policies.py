@@ -3,6 +3,7 @@ import torch
 
 from lit_align.functional.noise import sample_generators
 from lit_align.policies import DiffusionPolicy, SD3Policy, StableDiffusionPolicy
+from lit_align.policies.adapters import LORA_FILE
 from tests.conftest import tiny_pipeline, tiny_policy
 
 ATOL = 1e-6
@@ -182,7 +183,7 @@ def test_exported_lora_loads_in_plain_diffusers(family, tmp_path):
     policy.save_pretrained(tmp_path)
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
     plain = tiny_policy(family, train="none")
-    plain.pipeline.load_lora_weights(str(tmp_path))
+    plain.pipeline.load_lora_weights(str(tmp_path), weight_name=LORA_FILE)
     expected = sample(policy, stochastic_steps=()).latents
     torch.testing.assert_close(
         sample(plain, stochastic_steps=()).latents, expected, atol=1e-5, rtol=1e-5

@@ -47,5 +47,5 @@ def test_weights_are_half_precision_and_small():
 def test_each_has_a_model_card():
     for folder in ASSETS.iterdir():
         card = (folder / "README.md").read_text(encoding="utf-8")
-        assert "from_pretrained" in card
+        assert "```python" in card
         assert "configs/pretraining/" in card
