@@ -124,6 +124,22 @@ def test_resume_keeps_the_rows_of_the_round_that_wrote_the_checkpoint(monkeypatc
     assert metrics(run) == expected
 
 
+def test_resume_with_averaged_weights_equals_the_run_without_a_break():
+    config = yaml.safe_load(CONFIG)
+    averaging = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
+                 "init_args": {"decay": 0.9}}  # fmt: skip
+    config["trainer"]["callbacks"] = [averaging]
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    whole = fit(name="whole")
+    half = fit("--trainer.max_epochs", "1", name="half")
+    (checkpoint,) = (half / "checkpoints").iterdir()
+    stored = torch.load(checkpoint, weights_only=True)
+    assert stored["state_dict"].keys() == stored["current_model_state"].keys()
+    assert all("lora" in name for name in stored["current_model_state"])
+    fit("--ckpt_path", str(checkpoint), name="half")
+    assert metrics(half) == metrics(whole)
+
+
 def test_resume_of_the_last_run_by_name_and_configuration_wins(capsys):
     fit("--trainer.max_epochs", "1")
     capsys.readouterr()

@@ -20,6 +20,7 @@ from lit_align.rewards.base import RewardModule, checked_scores
 from lit_align.trajectory import PromptBatch
 
 _PROMPTS_CHECKED = 10_000
+_STATES = {"state_dict", "current_model_state"}  # the latter by Lightning's weight averaging
 COUNTERS = ("reward_queries", "gradient_queries", "denoiser_calls")
 
 
@@ -225,9 +226,8 @@ class AlignmentModule(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable tensors, counters, statistics, and what the checkpoint is."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name in trained
-        }
+        for key in _STATES & checkpoint.keys():
+            checkpoint[key] = {n: value for n, value in checkpoint[key].items() if n in trained}
         checkpoint["hyper_parameters"] = {
             name: value
             for name, value in checkpoint.get("hyper_parameters", {}).items()
@@ -258,6 +258,9 @@ class AlignmentModule(LightningModule, ABC):
         missing = sorted(trained - set(checkpoint["state_dict"]))
         if missing:
             raise ValueError(f"The checkpoint lacks {len(missing)} tensors, first {missing[0]!r}.")
+        if "current_model_state" in checkpoint:  # averaged weights are loaded strictly
+            for key in _STATES:
+                checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
         self.counters = dict(stored["counters"])
         for name, statistics in stored["rewards"].items():
             if name in self.rewards:
