@@ -1,14 +1,13 @@
 """The claims of the tables, run again: `pytest -m slow`, about an hour on two CPU cores."""
 
-import csv
 import statistics
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lit_align.benchmarks import grid
 from lit_align.benchmarks.base_quality import score
-from lit_align.benchmarks.grid import grid
 from lit_align.data.prompts import PromptFile
 from lit_align.policies import DiffusionPolicy
 
@@ -33,18 +32,16 @@ def test_base_pipelines_leave_room_to_improve(name):
     assert means == sorted(means)
 
 
-def curves(name, folder, monkeypatch):
+def curves(name):
     """Run the three seeds of a run of configs/ddpo; return the validation rows of each."""
-    monkeypatch.chdir(folder)
     listed = yaml.safe_load((ROOT / "configs" / "ddpo" / "runs.yaml").read_text())
     run = listed["runs"][name]
     run["config"] = str(ROOT / run["config"])
     Path("runs.yaml").write_text(yaml.safe_dump({"seeds": [0, 1, 2], "runs": {name: run}}))
-    grid("runs.yaml")
-    files = sorted(Path("results").glob("*.csv"))
-    assert len(files) == 3
-    read = [list(csv.DictReader(path.read_text().splitlines())) for path in files]
-    return [[{k: float(v) for k, v in row.items()} for row in rows] for rows in read]
+    grid.grid("runs.yaml")
+    read = grid._read_all(Path("results"), name, [0, 1, 2])
+    assert len(read) == 3
+    return read
 
 
 def gains(seeds, reward, queries=5000):
@@ -55,14 +52,14 @@ def gains(seeds, reward, queries=5000):
 
 
 @pytest.mark.parametrize("pipeline", ["shapes-sd", "shapes-sd3"])
-def test_ddpo_learns_the_gold_reward_within_5000_queries(pipeline, tmp_path, monkeypatch):
-    seeds = curves(f"verifier_{pipeline}", tmp_path, monkeypatch)
+def test_ddpo_learns_the_gold_reward_within_5000_queries(pipeline):
+    seeds = curves(f"verifier_{pipeline}")
     assert min(gains(seeds, "ShapesVerifier")) > 0
     assert statistics.mean(gains(seeds, "ShapesVerifier")) >= 0.05
 
 
-def test_colorfulness_is_over_optimised(tmp_path, monkeypatch):
-    seeds = curves("colorfulness_shapes-sd", tmp_path, monkeypatch)
+def test_colorfulness_is_over_optimised():
+    seeds = curves("colorfulness_shapes-sd")
     unit = statistics.mean(rows[0]["val/reward_std/Colorfulness"] for rows in seeds)
     assert min(gains(seeds, "Colorfulness")) >= 0.6 * unit
     assert max(gains(seeds, "ShapesVerifier")) <= -0.05

@@ -48,9 +48,8 @@ data:
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    """Work in a folder of the user's own, with a configuration in it."""
-    monkeypatch.chdir(tmp_path)
+def _configuration(_own_folder, tmp_path, monkeypatch):
+    """Put a configuration into the test's folder, and import modules from there."""
     monkeypatch.syspath_prepend(tmp_path)
     Path("config.yaml").write_text(CONFIG)
 
@@ -110,7 +109,7 @@ def test_resume_continues_in_the_same_folder_as_if_nothing_had_happened(capsys):
     assert (half / "summary.md").read_text() == (whole / "summary.md").read_text()
 
 
-def test_resume_keeps_the_rows_of_the_round_that_wrote_the_checkpoint(monkeypatch):
+def test_resume_keeps_the_rows_of_the_round_that_wrote_the_checkpoint():
     """A checkpoint written at a validation's end, before Lightning has counted the round."""
     saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
               "init_args": {"save_on_train_epoch_end": False, "save_top_k": -1}}  # fmt: skip

@@ -40,8 +40,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("path", SHAPES, ids=ids)
-def test_configuration_for_the_shapes_world_trains_on_one_batch(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_configuration_for_the_shapes_world_trains_on_one_batch(path):
     small = {
         "trainer.fast_dev_run": "true",
         "trainer.accumulate_grad_batches": "1",

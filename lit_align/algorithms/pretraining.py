@@ -9,6 +9,7 @@ contrastive  symmetric cross-entropy over cosine / temperature, equal captions j
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lit_align.functional.noise import keyed_generator
 from lit_align.policies.base import DiffusionPolicy
 
 
-class Pretraining(LightningModule):
+class Pretraining(LightningModule, ABC):
     """AdamW with linear warm-up and cosine decay over the run; noise from a keyed generator.
 
     Args:
@@ -37,9 +38,9 @@ class Pretraining(LightningModule):
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
         self.seed = seed
 
+    @abstractmethod
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Return the training loss of a batch with entries `image`, `prompt`, `index`."""
-        raise NotImplementedError
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss; the step's noise is keyed by (seed, optimiser step)."""
@@ -142,12 +143,11 @@ class DenoisingPretraining(Pretraining):
         """Return the mean squared error of the network's output."""
         latents = self._encode(batch)
         count = len(latents)
-        scheduler = self.policy.scheduler
-        timesteps = scheduler.sample_timesteps(count, generator).to(self.device)
+        timesteps = self.policy.scheduler.sample_timesteps(count, generator).to(self.device)
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         dropped = torch.rand(count, generator=generator) < self.prompt_dropout
         prompts = ["" if d else p for p, d in zip(batch["prompt"], dropped, strict=True)]
-        noised, target = scheduler.corrupt(latents, noise, timesteps)
+        noised, target = self.policy.scheduler.corrupt(latents, noise, timesteps)
         conditioning = self.policy.encode_prompt(prompts)
         output = self.policy.predict(noised, timesteps, conditioning, guidance_scale=1)
         return F.mse_loss(output, target)
