@@ -1,26 +1,39 @@
-"""The command line: fit, validate, test, predict by LightningCLI, and generate, export."""
+"""The command line: fit, validate, test, predict by LightningCLI; generate, export, compare."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace, auto_cli
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 # Importing them registers the short names of their classes.
 from lit_align import algorithms, callbacks, policies, rewards, schedulers, verbs
 from lit_align.algorithms.base import FSDP_MESSAGE
+from lit_align.comparison import compare
 from lit_align.data import image_text, prompts
-from lit_align.run_folder import CutMetrics, RunFolder, SaveRunConfig, newest_checkpoint
+from lit_align.run_folder import (
+    AtomicCheckpointIO,
+    ResumeMetrics,
+    RunFolder,
+    SaveRunConfig,
+    newest_checkpoint,
+    read_checkpoint,
+)
 
 NAMED = (algorithms, callbacks, image_text, policies, prompts, rewards, schedulers)
-VERBS: dict[str, Any] = {"generate": verbs.generate, "export": verbs.export}
+VERBS: dict[str, Any] = {
+    "generate": verbs.generate,
+    "export": verbs.export,
+    "compare": compare,
+}
 
 
 class LitAlignCLI(LightningCLI):
@@ -82,7 +95,9 @@ class LitAlignCLI(LightningCLI):
             kwargs["logger"] = folder.loggers()
             _say(f"Run folder: {folder.path}")
         trainer: Any = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.insert(0, CutMetrics())
+        trainer.callbacks.insert(0, ResumeMetrics())
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
 
@@ -98,7 +113,7 @@ def _option(words: list[str], name: str) -> str | None:
 
 def _stored_configuration(checkpoint: str) -> dict[str, Any]:
     """Return the `model` and `data` configuration that a checkpoint was made with."""
-    stored = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    stored = read_checkpoint(checkpoint)
     parts = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
     found = {}
     for part, key in parts.items():
@@ -144,9 +159,16 @@ def main(args: list[str] | None = None) -> None:
     _quiet()
     words = sys.argv[1:] if args is None else args
     if words and words[0] in VERBS:
-        auto_cli(VERBS[words[0]], args=words[1:], prog=f"run.py {words[0]}", as_positional=False)
+        given = _runs_first(words[1:]) if words[0] == "compare" else words[1:]
+        auto_cli(VERBS[words[0]], args=given, prog=f"run.py {words[0]}", as_positional=False)
     else:
         _run(args)
+
+
+def _runs_first(words: list[str]) -> list[str]:
+    """Return the words with those before the first option as `--runs [...]`."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return [f"--runs={json.dumps(words[:count])}", *words[count:]] if count else words
 
 
 def _run(args: list[str] | None) -> None:

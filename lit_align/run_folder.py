@@ -1,17 +1,24 @@
-"""One folder per run, `runs/<name>/version_N`, shared by all loggers and kept on resume."""
+"""One folder per run, `runs/<name>/version_N`: its loggers, its checkpoints, and its resume."""
 
 from __future__ import annotations
 
 import csv
+import os
+import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from typing_extensions import override
 
 
@@ -66,6 +73,27 @@ def newest_checkpoint(root: str, name: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def read_metrics(metrics: Path) -> list[dict[str, str]]:
+    """Return the rows of a `metrics.csv`."""
+    with metrics.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def validation_rows(metrics: Path) -> list[dict[str, float]]:
+    """Return `reward_queries` and `val/...` of the rows of a `metrics.csv` that hold a validation.
+
+    Only those have a value of `val/reward/<name>`; other columns may miss from them, and are NaN.
+    """
+    rows = read_metrics(metrics)
+    names = sorted(name for name in (rows[0] if rows else []) if name.startswith("val/"))
+    rewards = [name for name in names if name.startswith("val/reward/")]
+    return [
+        {name: float(row[name] or "nan") for name in ("reward_queries", *names)}
+        for row in rows
+        if any(row[name] for name in rewards)
+    ]
+
+
 def _is_main_process() -> bool:
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
@@ -87,14 +115,11 @@ class _AppendingWriter(ExperimentWriter):
     def read(self) -> list[dict[str, str]]:
         """Return the rows written so far."""
         path = Path(self.metrics_file_path)
-        if not path.is_file():
-            return []
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        return read_metrics(path) if path.is_file() else []
 
-    def cut(self, step: int) -> None:
-        """Drop the rows of `step` and later."""
-        kept = [row for row in self.read() if int(row["step"]) < step]
+    def keep(self, count: int) -> None:
+        """Drop all rows but the first `count`."""
+        kept = self.read()[:count]
         with Path(self.metrics_file_path).open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
@@ -113,25 +138,136 @@ class RunCSVLogger(CSVLogger):
         return self._experiment if _is_main_process() else super().experiment
 
 
-class CutMetrics(Callback):
-    """On resume, cuts `metrics.csv` back to the step of the checkpoint."""
+class ResumeMetrics(Callback):
+    """On resume, brings `metrics.csv` and TensorBoard back to the moment of the checkpoint.
+
+    A checkpoint holds the number of rows written before it, and the row that Lightning was about
+    to write: it logs a step after the hooks in which checkpoints are saved.
+    """
 
     def __init__(self) -> None:
-        self._step: int | None = None
+        self._stored: dict[str, Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note how far the metrics are written."""
+        rows = [len(logger.experiment.read()) for logger in _csv_loggers(trainer)]
+        checkpoint["metrics"] = {"rows": rows[0] if rows else 0, "pending": _pending_row(trainer)}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember how far the checkpoint had logged."""
-        self._step = checkpoint["global_step"]
+        """Remember what the checkpoint noted."""
+        self._stored = {**checkpoint.get("metrics", {}), "step": checkpoint["global_step"]}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop the rows that the resumed run will write again."""
-        if self._step is None or not trainer.is_global_zero:
+        """Drop the rows that the resumed run will write again, write the one that it will not."""
+        stored, self._stored = self._stored, None
+        if stored is None or "rows" not in stored:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, RunCSVLogger):
-                logger.experiment.cut(self._step)
+        for logger in _csv_loggers(trainer):
+            logger.experiment.keep(stored["rows"])
+        for tensorboard in trainer.loggers:
+            if isinstance(tensorboard, TensorBoardLogger) and trainer.is_global_zero:
+                _purge(tensorboard, stored["step"])
+        if stored["pending"] is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(**stored["pending"])
+                logger.save()
+
+
+def _csv_loggers(trainer: Trainer) -> list[RunCSVLogger]:
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, RunCSVLogger)]
+    return loggers if trainer.is_global_zero else []
+
+
+def _pending_row(trainer: Trainer) -> dict[str, Any] | None:
+    """Return what Lightning will log right after the current hook, as its loggers take it."""
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    batches, rounds = loop.batch_progress.current, trainer.fit_loop.epoch_progress.current
+    if not trainer.training or connector.trainer._results is None:
+        return None
+    within_batch = batches.completed < batches.processed
+    if within_batch and (loop._should_accumulate() or not connector.should_update_logs):
+        return None
+    if not within_batch and rounds.completed == rounds.processed:
+        return None
+    metrics = convert_tensors_to_scalars(connector.metrics["log"])
+    if not metrics:
+        return None
+    step = loop._batches_that_stepped - (0 if within_batch else 1)
+    return {"metrics": {**metrics, "epoch": trainer.current_epoch}, "step": step}
+
+
+def _purge(logger: TensorBoardLogger, step: int) -> None:
+    """Tell TensorBoard to forget what the broken run wrote from `step` on."""
+    started = SessionLog(status=SessionLog.START)
+    logger.experiment._get_file_writer().add_event(Event(step=step, session_log=started))
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there whole.
+
+    A run that is killed while it writes, or a full disk, leaves the earlier file as it was.
+    """
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write the file; raise OSError with the remedy if there is no room."""
+        if "://" in str(path):  # remote storage has no half-written files
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except (OSError, RuntimeError) as error:
+            unfinished.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free / 1e6
+            raise OSError(
+                f"The checkpoint {path} could not be written ({error}); {free:.0f} MB are free "
+                "there. Checkpoints written earlier are whole: make room, then resume from one by "
+                "`--ckpt_path`."
+            ) from error
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read the file; see `read_checkpoint`."""
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        return read_checkpoint(path, weights_only is not False)
+
+
+def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
+    """Return what a checkpoint file holds, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file; the message names the files beside it.
+        ValueError: If it is damaged or no checkpoint.
+    """
+    path = Path(path)
+    beside = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
+    others = f" There are also: {', '.join(beside)}." if beside else ""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.{others}")
+    try:
+        stored: dict[str, Any] = torch.load(path, weights_only=weights_only, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{str(path)!r} ({path.stat().st_size} bytes) is damaged or no checkpoint "
+            f"({str(error).splitlines()[0]}).{others}"
+        ) from error
+    return stored
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -10,20 +10,26 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 
 from lit_align.algorithms.base import AlignmentModule
+from lit_align.callbacks.ema import stored_average
 from lit_align.data.prompts import PromptFile
 from lit_align.policies.adapters import LORA_FILE
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import uint8_images
 
+Weights = Literal["trained", "ema"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load_module(ckpt_path: str) -> LightningModule:
+def load_module(ckpt_path: str, weights: Weights = "trained") -> LightningModule:
     """Rebuild the module of a checkpoint that the command line wrote.
+
+    Args:
+        ckpt_path: Its path.
+        weights: "trained", or "ema" for the average that AdapterEMA kept.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the checkpoint was made from Python objects.
+        ValueError: If the checkpoint was made from Python objects, or holds no average.
     """
     if not Path(ckpt_path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {ckpt_path!r}.")
@@ -33,7 +39,12 @@ def load_module(ckpt_path: str) -> LightningModule:
             f"{ckpt_path!r} was made in Python and does not know its policy; load it by "
             "`DDPO.load_from_checkpoint(path, policy=..., reward=...)` and call `save_pretrained`."
         )
-    return LightningModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
+    average = stored_average(stored) if weights == "ema" else {}
+    module: LightningModule = LightningModule.load_from_checkpoint(
+        ckpt_path, map_location="cpu", weights_only=True
+    )
+    module.load_state_dict(average, strict=False)
+    return module
 
 
 def generate(
@@ -46,6 +57,7 @@ def generate(
     guidance_scale: float | None = None,
     images_per_prompt: int = 1,
     seed: int = 42,
+    weights: Weights = "trained",
 ) -> None:
     """Sample images from a checkpoint, or from a pipeline with or without a LoRA.
 
@@ -62,8 +74,9 @@ def generate(
         guidance_scale: Weight of guidance; by default the checkpoint's, else 3.
         images_per_prompt: Number of images of each prompt.
         seed: Decides the noise.
+        weights: Of the checkpoint: "trained", or "ema" for the average that AdapterEMA kept.
     """
-    policy, default_steps, default_guidance = _open_policy(ckpt_path, pretrained, lora)
+    policy, default_steps, default_guidance = _open_policy(ckpt_path, pretrained, lora, weights)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,18 +94,20 @@ def generate(
 
 
 def _open_policy(
-    ckpt_path: str | None, pretrained: str | None, lora: str | None
+    ckpt_path: str | None, pretrained: str | None, lora: str | None, weights: Weights
 ) -> tuple[DiffusionPolicy, int, float]:
     """Return a policy with its default number of steps and guidance scale."""
     if (ckpt_path is None) == (pretrained is None):
         raise ValueError("Give either `ckpt_path` or `pretrained`.")
+    if weights == "ema" and ckpt_path is None:
+        raise ValueError("`weights: ema` is for a `ckpt_path`; `pretrained` has no average.")
     if pretrained is not None:
         policy = DiffusionPolicy.from_pretrained(pretrained, train="none")
         if lora is not None:
             policy.pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
         return policy, 20, 3.0
     assert ckpt_path is not None
-    module = load_module(ckpt_path)
+    module = load_module(ckpt_path, weights)
     if not isinstance(module, AlignmentModule):
         raise ValueError(f"{ckpt_path!r} holds a {type(module).__name__}; `export` it first.")
     return module.policy, module.eval_num_inference_steps, module.guidance_scale
@@ -127,6 +142,7 @@ def export(
     ckpt_path: str,
     output: str,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    weights: Weights = "trained",
 ) -> None:
     """Write a checkpoint's weights for plain diffusers, with a card that says how to use them.
 
@@ -134,8 +150,9 @@ def export(
         ckpt_path: A checkpoint written by `fit`.
         output: Folder; it gets `pytorch_lora_weights.safetensors` or a full pipeline.
         dtype: Of the stored tensors.
+        weights: "trained", or "ema" for the average that AdapterEMA kept.
     """
-    module = load_module(ckpt_path)
+    module = load_module(ckpt_path, weights)
     if not callable(save := getattr(module, "save_pretrained", None)):
         raise ValueError(f"{type(module).__name__} has no `save_pretrained`.")
     save(output, _DTYPES[dtype])

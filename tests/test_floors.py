@@ -9,8 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "lit_align"
 
 FLOOR_0 = {"trajectory", "functional", "shapes"}
 FLOOR_1 = {"schedulers", "rewards", "metrics", "data"}
-ABOVE = {"cli", "run_folder", "verbs", "benchmarks", "__main__"}  # floor 5: everything
-BASES = {"schedulers.base", "policies.base", "rewards.base", "data.experience", "data.planner"}
+ABOVE = {"cli", "comparison", "run_folder", "run_groups", "verbs", "benchmarks",
+         "__main__"}  # floor 5: everything  # fmt: skip
+BASES = {"schedulers.base", "policies.base", "rewards.base", "rewards.scoring", "data.experience",
+         "data.planner"}  # fmt: skip
 
 # Inside the package: what each folder may import besides itself, by prefix.
 INSIDE = {
@@ -33,7 +35,7 @@ OUTSIDE = {
     "data": {"torch", "numpy", "lightning"},
     "policies": {"torch", "diffusers", "transformers", "peft"},
     "algorithms": {"torch", "lightning", "torchmetrics", "tqdm"},
-    "callbacks": {"torch", "lightning", "matplotlib"},
+    "callbacks": {"torch", "lightning", "matplotlib", "numpy"},
 }
 
 

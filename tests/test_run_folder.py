@@ -33,7 +33,7 @@ def test_metrics_are_continued_and_cut_back(tmp_path):
     for step in range(4):
         logger.log_metrics({"x": step}, step)
     resumed = RunCSVLogger(tmp_path, "a", 0, flush_logs_every_n_steps=1)
-    resumed.experiment.cut(2)
+    resumed.experiment.keep(2)
     assert [row["x"] for row in rows(folder)] == ["0", "1"]
     resumed.log_metrics({"x": 20, "y": 1}, 2)
     assert [(row["step"], row["x"], row["y"]) for row in rows(folder)] == [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lit_align import __version__
+from lit_align.algorithms.checkpoint import check_identity, describe, keep_trainable
+from lit_align.algorithms.precision import keep_float32
+from lit_align.algorithms.sharding import name_optimizer_states, shard, whole
 from lit_align.functional.noise import sample_generators
 from lit_align.policies.base import DiffusionPolicy
-from lit_align.rewards.base import RewardModule, checked_scores
+from lit_align.rewards.base import RewardModule
+from lit_align.rewards.scoring import call_reward
 from lit_align.trajectory import PromptBatch
 
 _PROMPTS_CHECKED = 10_000
-_STATES = {"state_dict", "current_model_state"}  # the latter by Lightning's weight averaging
 COUNTERS = ("reward_queries", "gradient_queries", "denoiser_calls")
 
 
@@ -38,6 +40,9 @@ class AlignmentModule(LightningModule, ABC):
             unconditional branch.
         eval_num_inference_steps: Denoising steps in evaluation; by default as in training.
         seed: Decides prompts, noise and orders.
+        max_invalid_fraction: With a larger share of images that the trained reward could not
+            score, training stops; in [0, 1].
+        reward_timeout: Seconds that one call of a reward may take; None for no limit.
 
     Attributes:
         rewards: Every reward by name, the trained one first.
@@ -57,8 +62,14 @@ class AlignmentModule(LightningModule, ABC):
         guidance_scale: float = 5.0,
         eval_num_inference_steps: int | None = None,
         seed: int = 42,
+        max_invalid_fraction: float = 0.05,
+        reward_timeout: float | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= max_invalid_fraction <= 1:
+            raise ValueError(
+                f"`max_invalid_fraction` must lie in [0, 1], got {max_invalid_fraction}."
+            )
         self.save_hyperparameters(logger=False)
         self.strict_loading = False  # a checkpoint holds trainable tensors only
         self.policy = policy
@@ -75,6 +86,8 @@ class AlignmentModule(LightningModule, ABC):
         self.guidance_scale = guidance_scale
         self.eval_num_inference_steps = eval_num_inference_steps or num_inference_steps
         self.seed = seed
+        self.max_invalid_fraction = max_invalid_fraction
+        self.reward_timeout = reward_timeout
         self.counters = dict.fromkeys(COUNTERS, 0)
         means = {name: MeanMetric(nan_strategy="ignore") for name in self.rewards}
         self.val_means: Any = nn.ModuleDict(means)
@@ -92,6 +105,7 @@ class AlignmentModule(LightningModule, ABC):
         Raises:
             ValueError: If an option cannot work; the message says what can.
         """
+        keep_float32(self.trainer.precision_plugin)
         for reward in self.rewards.values():
             reward.to(self.device)
         steps = {self.eval_num_inference_steps}
@@ -122,11 +136,12 @@ class AlignmentModule(LightningModule, ABC):
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(FSDP_MESSAGE)
 
-    @torch.no_grad()
     def _check_reward(self, reward: RewardModule) -> None:
         images = torch.full((2, 3, *self.policy.image_size), 0.5, device=self.device)
-        groups = torch.zeros(2, dtype=torch.int64, device=self.device)
-        checked_scores(reward, reward(images, ["", ""], [None, None], groups), 2)
+        nothing = torch.zeros(2, dtype=torch.int64, device=self.device)
+        blank = PromptBatch(["", ""], [None, None], nothing, nothing, nothing)
+        with torch.no_grad():
+            self.score(reward, images, blank)
 
     def experience(self, loader: Any) -> Any:
         """Return the training loader made of a `PromptLoader`; here the loader itself."""
@@ -142,6 +157,10 @@ class AlignmentModule(LightningModule, ABC):
                 f"model does not see their ends. The first is {long[0][:100]!r}."
             )
 
+    def configure_model(self) -> None:
+        """Shard what is trained, if the strategy is FSDP2."""
+        shard(self, self.policy)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the trainable parameters."""
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -150,11 +169,11 @@ class AlignmentModule(LightningModule, ABC):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient, before clipping."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+        self.log("train/grad_norm", whole(nn.utils.get_total_norm(gradients)))
 
     @torch.no_grad()
-    def generate(self, batch: PromptBatch, purpose: str = "val") -> Tensor:
-        """Return images [B, 3, H, W] in [0, 1] by the deterministic sampler.
+    def generate(self, batch: PromptBatch, purpose: str = "val") -> tuple[Tensor, Tensor]:
+        """Return images [B, 3, H, W] in [0, 1] and latents by the deterministic sampler.
 
         The noise of a sample is keyed by (purpose, seed, position): the same at every call.
         """
@@ -165,20 +184,36 @@ class AlignmentModule(LightningModule, ABC):
             generator=sample_generators(purpose, self.seed, 0, batch.positions.tolist()),
             stochastic_steps=(),
         )
-        return quantize(self.policy.decode(trajectory.latents[:, -1]))
+        latents = trajectory.latents[:, -1]
+        return quantize(self.policy.decode(latents)), latents
 
     @torch.no_grad()
-    def evaluate(self, batch: PromptBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return images [B, 3, H, W] and their scores [B] by every reward."""
-        images = self.generate(batch)
+    def evaluate(self, batch: PromptBatch) -> dict[str, Any]:
+        """Return `images` [B, 3, H, W], `latents` [B, ...] and `scores`, [B] for every reward."""
+        images, latents = self.generate(batch)
         scores = {name: self.score(reward, images, batch) for name, reward in self.rewards.items()}
-        return images, scores
+        return {"images": images, "latents": latents, "scores": scores}
 
     def score(self, reward: RewardModule, images: Tensor, batch: PromptBatch) -> Tensor:
-        """Return the scores [B] float32, NaN where an image could not be scored."""
-        with torch.autocast(self.device.type, enabled=False):
-            scores = reward(images.float(), batch.prompts, batch.metadata, batch.group_ids)
-        return checked_scores(reward, scores, len(images)).to(self.device)
+        """Return the scores [B] float32, NaN where an image could not be scored.
+
+        Raises:
+            RewardError: If the reward failed, broke its contract, or took too long.
+        """
+        return call_reward(reward, images, batch, self.reward_timeout).to(self.device)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Return the values of all processes [W * B, ...], rank by rank."""
+        if self.trainer.world_size == 1:
+            return values
+        everywhere: Any = self.all_gather(values)
+        together: Tensor = everywhere.flatten(0, 1)
+        return together
+
+    def globally(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        """Return `function` of the values of all processes, cut back to this process's share."""
+        result = function(*(self.gathered(value) for value in values))
+        return result.chunk(self.trainer.world_size)[self.trainer.global_rank]
 
     def validation_batches(self) -> Iterable[PromptBatch]:
         """Return the validation loader, set up also before the first epoch that validates."""
@@ -190,11 +225,11 @@ class AlignmentModule(LightningModule, ABC):
         return [] if loader is None else loader
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Sample and score; the scores go to the callbacks and into the means."""
-        images, scores = self.evaluate(batch)
-        for name, values in scores.items():
+        """Sample and score; what `evaluate` returns goes to the callbacks."""
+        outputs = self.evaluate(batch)
+        for name, values in outputs["scores"].items():
             self.val_means[name].update(values)
-        return {"images": images, "scores": scores}
+        return outputs
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/reward/<name>`, the mean over all images that could be scored."""
@@ -216,8 +251,7 @@ class AlignmentModule(LightningModule, ABC):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Return the prompts, images [B, 3, H, W] in [0, 1] and scores of a batch."""
-        images, scores = self.evaluate(batch)
-        return {"prompts": batch.prompts, "images": images, "scores": scores}
+        return {"prompts": batch.prompts, **self.evaluate(batch)}
 
     def save_pretrained(self, path: str, dtype: torch.dtype | None = None) -> None:
         """Write what plain diffusers reads: a LoRA file, or a full pipeline folder."""
@@ -225,18 +259,10 @@ class AlignmentModule(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable tensors, counters, statistics, and what the checkpoint is."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        for key in _STATES & checkpoint.keys():
-            checkpoint[key] = {n: value for n, value in checkpoint[key].items() if n in trained}
-        checkpoint["hyper_parameters"] = {
-            name: value
-            for name, value in checkpoint.get("hyper_parameters", {}).items()
-            if not _holds_module(value)
-        }
+        keep_trainable(self, checkpoint)
+        name_optimizer_states(self, checkpoint)
         checkpoint["lit_align"] = {
-            **self._identity(),
-            "version": __version__,
-            "torch": str(torch.__version__),
+            **describe(self._identity()),
             "counters": dict(self.counters),
             "rewards": {name: reward.statistics() for name, reward in self.rewards.items()},
         }
@@ -247,20 +273,7 @@ class AlignmentModule(LightningModule, ABC):
         Raises:
             ValueError: If the checkpoint belongs to another method or policy, or lacks a tensor.
         """
-        stored = checkpoint["lit_align"]
-        for key, value in self._identity().items():
-            if stored[key] != value:
-                raise ValueError(
-                    f"The checkpoint has {key} {stored[key]!r}, this run {value!r}; give the "
-                    "configuration that the checkpoint was made with."
-                )
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        missing = sorted(trained - set(checkpoint["state_dict"]))
-        if missing:
-            raise ValueError(f"The checkpoint lacks {len(missing)} tensors, first {missing[0]!r}.")
-        if "current_model_state" in checkpoint:  # averaged weights are loaded strictly
-            for key in _STATES:
-                checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
+        stored = check_identity(self, checkpoint, self._identity())
         self.counters = dict(stored["counters"])
         for name, statistics in stored["rewards"].items():
             if name in self.rewards:
@@ -272,16 +285,10 @@ class AlignmentModule(LightningModule, ABC):
 
 FSDP_MESSAGE = (
     "`strategy: fsdp` (FSDP1) cannot run several forwards per backward; use `strategy: ddp`, or "
-    "FSDP2 by `strategy: {class_path: lightning.pytorch.strategies.ModelParallelStrategy}`."
+    "FSDP2, Lightning's ModelParallelStrategy: add `--config configs/scale/fsdp2.yaml`."
 )
 
 
 def quantize(images: Tensor) -> Tensor:
     """Round images in [0, 1] to the 256 levels that a file holds, so that scores refer to it."""
     return (images * 255).round() / 255
-
-
-def _holds_module(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_module(item) for item in value.values())
-    return isinstance(value, nn.Module)

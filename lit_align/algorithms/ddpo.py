@@ -70,6 +70,8 @@ class DDPO(OnlineModule):
         guidance_scale: float = 5.0,
         eval_num_inference_steps: int | None = None,
         seed: int = 42,
+        max_invalid_fraction: float = 0.05,
+        reward_timeout: float | None = None,
         prompts_per_round: int = 256,
         samples_per_prompt: int = 1,
         rollout_batch_size: int = 8,
@@ -78,6 +80,7 @@ class DDPO(OnlineModule):
         timestep_fraction: float = 1.0,
         minibatch_order: MinibatchOrder = "sample_major",
         cfg_grad: Literal["both", "cond_only"] = "both",
+        background_rewards: bool = False,
         estimator: Literal["is", "sf"] = "is",
         clip_range: float = 1e-4,
         adv_clip_max: float | None = 5.0,
@@ -88,9 +91,9 @@ class DDPO(OnlineModule):
     ) -> None:
         super().__init__(
             policy, reward, eval_rewards, lr, weight_decay, num_inference_steps, guidance_scale,
-            eval_num_inference_steps, seed, prompts_per_round, samples_per_prompt,
-            rollout_batch_size, minibatch_size, num_inner_epochs, timestep_fraction,
-            minibatch_order, cfg_grad,
+            eval_num_inference_steps, seed, max_invalid_fraction, reward_timeout,
+            prompts_per_round, samples_per_prompt, rollout_batch_size, minibatch_size,
+            num_inner_epochs, timestep_fraction, minibatch_order, cfg_grad, background_rewards,
         )  # fmt: skip
         if clip_range <= 0:
             raise ValueError(f"`clip_range` must be positive, got {clip_range}.")
@@ -99,8 +102,7 @@ class DDPO(OnlineModule):
                 f"`advantage_norm: {advantage_norm}` needs `samples_per_prompt` of at least 2, "
                 f"got {samples_per_prompt}."
             )
-        self.estimator = estimator
-        self.clip_range = clip_range
+        self.estimator, self.clip_range = estimator, clip_range
         self.adv_clip_max = adv_clip_max
         self.advantage_norm = advantage_norm
         self.statistics = PromptStatistics(buffer_size, min_count)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_align.algorithms.base import AlignmentModule, quantize
+from lit_align.algorithms.checkpoint import PostponedSaves
 from lit_align.data.experience import ExperienceLoader
 from lit_align.data.planner import MinibatchOrder, RoundPlan
 from lit_align.functional.noise import sample_generators
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
+from lit_align.rewards.scoring import RewardError, check_background, in_thread
 from lit_align.trajectory import PromptBatch, Trajectory, Transition
 
 Logs = dict[str, Tensor]
@@ -39,6 +44,8 @@ class OnlineModule(AlignmentModule, ABC):
         minibatch_order: "sample_major" takes all steps of a sample together, "timestep_major" one
             step of every sample before the next.
         cfg_grad: Whether gradient also flows through the unconditional branch of guidance.
+        background_rewards: Score each batch in a thread while the next one is sampled, for a
+            pointwise reward that computes on the CPU or elsewhere.
     """
 
     def __init__(
@@ -52,6 +59,8 @@ class OnlineModule(AlignmentModule, ABC):
         guidance_scale: float = 5.0,
         eval_num_inference_steps: int | None = None,
         seed: int = 42,
+        max_invalid_fraction: float = 0.05,
+        reward_timeout: float | None = None,
         prompts_per_round: int = 256,
         samples_per_prompt: int = 1,
         rollout_batch_size: int = 8,
@@ -60,10 +69,11 @@ class OnlineModule(AlignmentModule, ABC):
         timestep_fraction: float = 1.0,
         minibatch_order: MinibatchOrder = "sample_major",
         cfg_grad: Literal["both", "cond_only"] = "both",
+        background_rewards: bool = False,
     ) -> None:
         super().__init__(
             policy, reward, eval_rewards, lr, weight_decay, num_inference_steps, guidance_scale,
-            eval_num_inference_steps, seed,
+            eval_num_inference_steps, seed, max_invalid_fraction, reward_timeout,
         )  # fmt: skip
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"`timestep_fraction` must lie in (0, 1], got {timestep_fraction}.")
@@ -75,6 +85,7 @@ class OnlineModule(AlignmentModule, ABC):
         self.timestep_fraction = timestep_fraction
         self.minibatch_order = minibatch_order
         self.cfg_grad = cfg_grad
+        self.background_rewards = background_rewards
         self._pending_logs: dict[str, float] = {}
         self._window: list[Logs] = []
         self._update_started = 0.0
@@ -88,8 +99,6 @@ class OnlineModule(AlignmentModule, ABC):
     @abstractmethod
     def loss(self, minibatch: Transition) -> tuple[Tensor, Logs]:
         """Return the loss of a minibatch and what to log of it, scalars by name."""
-
-    # What a round is made of.
 
     def rollout(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Sample one trajectory per prompt of the batch and decode its image."""
@@ -107,16 +116,18 @@ class OnlineModule(AlignmentModule, ABC):
         return trajectory.replace(batch=batch, images=images)
 
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
-        """Run one round: rollout, score, targets, in the trainer's precision and without grad."""
+        """Run one round: rollout, score, targets, in the trainer's precision and without grad.
+
+        Raises:
+            RewardError: If the reward fails, or for more images than `max_invalid_fraction`.
+        """
         started = time.perf_counter()
-        chunks = torch.arange(len(batch)).split(self.rollout_batch_size)
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            trajectory = Trajectory.concatenate(
-                [self.rollout(batch.select(chunk), round_index) for chunk in chunks]
-            )
+        trajectory, scores = self._sample(batch, round_index)
         sampled = time.perf_counter()
-        trajectory = self._score(trajectory)
+        rewards = torch.cat([s.result() for s in scores]) if scores else self._score(trajectory)
+        trajectory = trajectory.replace(rewards=rewards, images=None)
         scored = time.perf_counter()
+        self._check_rewards(trajectory)
         trajectory = self._weigh(self.compute_targets(trajectory))
         self._count(len(trajectory) * self.num_inference_steps, rewards=len(trajectory))
         self._pending_logs |= {
@@ -125,24 +136,50 @@ class OnlineModule(AlignmentModule, ABC):
             **({"time/update": started - self._update_started} if self._update_started else {}),
         }
         self._update_started = time.perf_counter()
-        return trajectory.replace(images=None)
+        return trajectory
 
     @torch.no_grad()
-    def _score(self, trajectory: Trajectory) -> Trajectory:
+    def _sample(
+        self, batch: PromptBatch, round_index: int
+    ) -> tuple[Trajectory, list[Future[Tensor]]]:
+        """Return the round's samples, and their scores if those are computed beside."""
+        parts: list[Trajectory] = []
+        scores: list[Future[Tensor]] = []
+        for chunk in torch.arange(len(batch)).split(self.rollout_batch_size):
+            with self.trainer.precision_plugin.forward_context():
+                parts.append(self.rollout(batch.select(chunk), round_index))
+            if self.background_rewards:
+                scores.append(in_thread(partial(self._score, parts[-1])))
+        return Trajectory.concatenate(parts), scores
+
+    @torch.no_grad()
+    def _score(self, trajectory: Trajectory) -> Tensor:
         assert self.reward is not None
         assert trajectory.images is not None
         assert trajectory.batch is not None
         self.reward.train()  # running statistics follow training samples only
-        rewards = self.score(self.reward, trajectory.images, trajectory.batch)
+        scores = self.score(self.reward, trajectory.images, trajectory.batch)
         self.reward.eval()
-        everywhere = self.gathered(rewards)
+        return scores
+
+    def _check_rewards(self, trajectory: Trajectory) -> None:
+        """Keep the round's statistics, and stop if too many images could not be scored."""
+        assert self.reward is not None
+        assert trajectory.rewards is not None
+        everywhere = self.gathered(trajectory.rewards)
         valid = everywhere[~everywhere.isnan()]
+        invalid = len(everywhere) - len(valid)
+        if invalid > self.max_invalid_fraction * len(everywhere):
+            raise RewardError(
+                f"{self.reward.name} could not score {invalid} of the round's {len(everywhere)} "
+                f"images, more than `max_invalid_fraction` ({self.max_invalid_fraction}) allows; "
+                "repair the reward, or raise the limit if so many NaN are expected."
+            )
         self._pending_logs |= {
             f"rollout/reward/{self.reward.name}": float(valid.mean()),
             f"rollout/reward_std/{self.reward.name}": float(valid.std(correction=0)),
-            "rollout/invalid": float(len(everywhere) - len(valid)),
+            "rollout/invalid": float(invalid),
         }
-        return trajectory.replace(rewards=rewards)
 
     def _weigh(self, trajectory: Trajectory) -> Trajectory:
         """Give samples without a finite advantage weight 0, and the others equal weights.
@@ -154,18 +191,14 @@ class OnlineModule(AlignmentModule, ABC):
         if advantages is None:
             raise ValueError(f"{type(self).__name__}.compute_targets must set `advantages`.")
         valid = advantages.isfinite()
-        share = self.gathered(valid.float()).mean()
-        return trajectory.replace(
-            advantages=advantages.where(valid, 0.0).float(),
-            weights=valid.float() / share.clamp(min=1e-8),
-        )
+        weights = valid / self.gathered(valid.float()).mean().clamp(min=1e-8)
+        advantages = advantages.where(valid, 0.0).float()
+        return trajectory.replace(advantages=advantages, weights=weights)
 
     def minibatches(self, trajectory: Trajectory, round_index: int) -> Iterator[Transition]:
         """Cut the round into minibatches of (sample, step) pairs in the chosen order."""
         for samples, steps in self.plan.cut(round_index):
             yield trajectory.transitions(samples, steps)
-
-    # How it is fed to Lightning.
 
     def experience(self, loader: Any) -> ExperienceLoader:
         """Return the loader of minibatches over a `PromptLoader`, continued if restored."""
@@ -182,6 +215,12 @@ class OnlineModule(AlignmentModule, ABC):
             self._experience_state = states[0]
             if self._experience is not None:
                 self._experience.load_state_dict(states[0])
+
+    @property
+    def minibatches_in_flight(self) -> int:
+        """How many minibatches were handed out but not learned from yet: 0 or 1."""
+        current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(current.ready - current.processed)
 
     @property
     def plan(self) -> RoundPlan:
@@ -213,6 +252,12 @@ class OnlineModule(AlignmentModule, ABC):
                 "`kind` other than 'ode' and a positive `noise_level` (flow matching)."
             )
         self.plan.check(self.trainer.accumulate_grad_batches)
+        if self.background_rewards and self.reward is not None:
+            check_background(self.reward)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return what keeps every checkpoint of a round resumable."""
+        return [PostponedSaves()]
 
     def on_train_start(self) -> None:
         """Print the arithmetic of a round once."""
@@ -231,8 +276,8 @@ class OnlineModule(AlignmentModule, ABC):
                 "`trainer.fit(module, module.experience(loader))`."
             )
         loss, logs = self.loss(batch)
-        self._window.append({"train/loss": loss, **logs})
-        self._window[-1] = {name: value.detach() for name, value in self._window[-1].items()}
+        logs = {"train/loss": loss, **logs}
+        self._window.append({name: value.detach() for name, value in logs.items()})
         self._count(len(batch))
         for name, value in self._pending_logs.items():
             self.log(name, value, batch_size=len(batch))
@@ -247,21 +292,6 @@ class OnlineModule(AlignmentModule, ABC):
             mean = torch.stack([logs[name] for logs in self._window]).mean()
             self.log(name, mean, sync_dist=True, prog_bar=name == "train/loss")
         self._window = []
-
-    # What subclasses need.
-
-    def gathered(self, values: Tensor) -> Tensor:
-        """Return the values of all processes [W * B, ...], rank by rank."""
-        if self.trainer.world_size == 1:
-            return values
-        everywhere: Any = self.all_gather(values)
-        gathered: Tensor = everywhere.flatten(0, 1)
-        return gathered
-
-    def globally(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        """Return `function` of the values of all processes, cut back to this process's share."""
-        result = function(*(self.gathered(value) for value in values))
-        return result.chunk(self.trainer.world_size)[self.trainer.global_rank]
 
     def _count(self, latents: int, rewards: int = 0) -> None:
         branches = 1 if self.guidance_scale == 1 else 2

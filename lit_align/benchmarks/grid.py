@@ -20,7 +20,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from lit_align.run_folder import newest_checkpoint
+from lit_align.run_folder import newest_checkpoint, validation_rows
 
 Rows = list[dict[str, float]]
 _RUNS_DIR = "runs/grid"
@@ -64,14 +64,6 @@ def _run(name: str, run: dict[str, Any], seed: int, table: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def validation_rows(metrics: Path) -> Rows:
-    """Return `reward_queries` and `val/...` of the rows of a `metrics.csv` with a validation."""
-    with metrics.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    names = ["reward_queries", *sorted(k for k in rows[0] if k.startswith("val/"))]
-    return [{name: float(row[name] or "nan") for name in names} for row in rows if row[names[1]]]
 
 
 def _read_all(results: Path, name: str, seeds: Sequence[int]) -> list[Rows]:

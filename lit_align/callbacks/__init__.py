@@ -1,6 +1,18 @@
 """Callbacks that watch a run; none changes the loss."""
 
 from lit_align.callbacks.cross_reward import CrossRewardCallback
+from lit_align.callbacks.ema import AdapterEMA
+from lit_align.callbacks.invariants import InvariantError, InvariantsCallback
+from lit_align.callbacks.overoptimization import OveroptimizationStopping
+from lit_align.callbacks.rng_state import RNGStateCallback
 from lit_align.callbacks.sample_gallery import SampleGallery
 
-__all__ = ["CrossRewardCallback", "SampleGallery"]
+__all__ = [
+    "AdapterEMA",
+    "CrossRewardCallback",
+    "InvariantError",
+    "InvariantsCallback",
+    "OveroptimizationStopping",
+    "RNGStateCallback",
+    "SampleGallery",
+]

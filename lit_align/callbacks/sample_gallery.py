@@ -6,15 +6,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from lit_align.algorithms.base import AlignmentModule
+from lit_align.callbacks.evaluation import evaluated_weights, first_prompts
 from lit_align.rewards.base import uint8_images
-from lit_align.trajectory import PromptBatch
 
 
 class SampleGallery(Callback):
@@ -60,20 +59,17 @@ class SampleGallery(Callback):
         self.path = Path(trainer.log_dir, "samples", f"round_{self._rounds:04d}.png")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = {"base": self.base, f"round {self._rounds}": current}
-        figure = draw_rows(rows, self._prompts(module).prompts)
+        figure = draw_rows(rows, first_prompts(module, self.num_prompts).prompts)
         figure.savefig(self.path)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("samples", figure, trainer.global_step)
 
-    def _prompts(self, module: AlignmentModule) -> PromptBatch:
-        batch = next(iter(module.validation_batches()))
-        return batch.select(torch.arange(min(self.num_prompts, len(batch))))
-
     def _sample(self, trainer: Trainer, module: AlignmentModule) -> Tensor:
-        batch = self._prompts(module).to(module.device)
-        with trainer.precision_plugin.forward_context():
-            return uint8_images(module.generate(batch))
+        """Draw all prompts on every process, so that the picture is the same for any number."""
+        batch = first_prompts(module, self.num_prompts).to(module.device)
+        with evaluated_weights(trainer, module), trainer.precision_plugin.forward_context():
+            return uint8_images(module.generate(batch)[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base model's row."""

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch.distributed as dist
+
 from lit_align.data.planner import RoundPlan
 from lit_align.data.prompts import PromptLoader
 from lit_align.trajectory import PromptBatch, Trajectory, Transition
@@ -23,6 +25,10 @@ class Collector(Protocol):
     @property
     def plan(self) -> RoundPlan:
         """The sizes and orders of a round."""
+
+    @property
+    def minibatches_in_flight(self) -> int:
+        """How many minibatches were handed out but not learned from yet: 0 or 1."""
 
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Sample, score and compute targets."""
@@ -59,9 +65,8 @@ class ExperienceLoader:
             RuntimeError: If the collector cuts another number than it promised.
         """
         if self._trajectory is None or self._served == len(self):
+            self._trajectory = self._collect(self._round + 1)
             self._round, self._served = self._round + 1, 0
-            batch = self.collector.plan.deal(self.prompts, self._round)
-            self._trajectory = self.collector.collect(batch, self._round)
         minibatches = self.collector.minibatches(self._trajectory, self._round)
         pending = next(itertools.islice(minibatches, self._served, None), None)
         while pending is not None:
@@ -73,22 +78,49 @@ class ExperienceLoader:
             yield pending
             pending = following
 
+    def _collect(self, round_index: int) -> Trajectory:
+        drawn = self.prompts.state_dict()
+        try:
+            batch = self.collector.plan.deal(self.prompts, round_index)
+            return self.collector.collect(batch, round_index)
+        except BaseException:
+            # A checkpoint written because of the failure asks for the same prompts again.
+            self.prompts.load_state_dict(drawn)
+            raise
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the cursor, the round in progress, and the prompts' position."""
-        unfinished = self._trajectory if self._served < len(self) else None
+        """Return the cursor, the round in progress (of all processes), and the prompts' position.
+
+        Called on every process. A minibatch in flight when training broke off is yielded again.
+        """
+        served = self._served - self.collector.minibatches_in_flight
+        unfinished = self._trajectory if served < len(self) else None
         return {
             "round": self._round,
-            "served": self._served,
-            "trajectory": unfinished.state_dict() if unfinished is not None else None,
+            "served": served,
+            "trajectory": None if unfinished is None else _everywhere(unfinished).state_dict(),
             "prompts": self.prompts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue where `state` was taken, on as many processes or others."""
         self._round, self._served = state["round"], state["served"]
         self.prompts.load_state_dict(state["prompts"])
         restored = state["trajectory"]
         if restored is not None:
             batch = PromptBatch(**restored["batch"])
-            restored = Trajectory(**{**restored, "batch": batch})
+            whole = Trajectory(**{**restored, "batch": batch})
+            restored = whole.select(self.collector.plan.positions)
         self._trajectory = restored
+
+
+def _everywhere(trajectory: Trajectory) -> Trajectory:
+    """Return the samples of all processes, on the CPU and in the order of their positions."""
+    own = trajectory.to("cpu")
+    parts = [own]
+    if dist.is_available() and dist.is_initialized():
+        parts = [own] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+    together = Trajectory.concatenate(parts)
+    assert together.batch is not None
+    return together.select(together.batch.positions.argsort())

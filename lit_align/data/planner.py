@@ -66,6 +66,13 @@ class RoundPlan:
         """Minibatches per round and process."""
         return self.samples * self.trained_steps // self.minibatch_size * self.num_inner_epochs
 
+    @property
+    def positions(self) -> Tensor:
+        """The places in the round [B] of this process's samples, increasing."""
+        slots = torch.arange(self.rank, self.prompts_per_round, self.world_size)
+        first = slots.repeat_interleave(self.samples_per_prompt) * self.samples_per_prompt
+        return first + torch.arange(self.samples).remainder(self.samples_per_prompt)
+
     def check(self, accumulate_grad_batches: int) -> None:
         """Check that all sizes divide.
 
@@ -111,12 +118,10 @@ class RoundPlan:
     def deal(self, loader: PromptLoader, round_index: int) -> PromptBatch:
         """Draw the round's prompts and return this process's samples."""
         numbers = loader.take(self.prompts_per_round)
-        slots = torch.arange(self.rank, self.prompts_per_round, self.world_size)
-        slots = slots.repeat_interleave(self.samples_per_prompt)
-        repeats = torch.arange(self.samples).remainder(self.samples_per_prompt)
+        slots = self.positions // self.samples_per_prompt
         batch = loader.batch([numbers[slot] for slot in slots.tolist()])
         return batch.replace(
-            positions=slots * self.samples_per_prompt + repeats,
+            positions=self.positions,
             group_ids=round_index * self.prompts_per_round + slots,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -33,6 +34,9 @@ class PromptFile(Sequence[Prompt]):
             `.jsonl` file with one object per line, `{"prompt": ..., "metadata": {...}}`. Blank
             lines do not count.
 
+    Attributes:
+        fingerprint: Hash of the file's content.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds no prompt, has another suffix, or a line is broken.
@@ -53,13 +57,15 @@ class PromptFile(Sequence[Prompt]):
             raise ValueError(f"The prompts file {str(self.path)!r} is empty.")
 
     def _index_lines(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        offsets, offset = [], 0
+        offsets, offset, digest = [], 0, hashlib.blake2b(digest_size=8)
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
+                digest.update(line)
                 if line.strip():
                     self._parse(line, number)
                     offsets.append(offset)
                 offset += len(line)
+        self.fingerprint = digest.hexdigest()
         return np.asarray(offsets, dtype=np.int64)
 
     def _parse(self, line: bytes, number: int | None = None) -> Prompt:
@@ -110,6 +116,10 @@ class PromptLoader:
         seed: Decides the order.
         rank: This process.
         world_size: Number of processes.
+
+    Raises:
+        ValueError: If prompts in the file's order cannot be dealt out evenly: all processes must
+            call the network equally often, or those of FSDP2 wait for each other forever.
     """
 
     def __init__(
@@ -121,6 +131,14 @@ class PromptLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        total = len(prompts)
+        if not shuffle and total % world_size:
+            even = total - total % world_size
+            remedy = f"set `val_size: {even}` for validation, or " if even else ""
+            raise ValueError(
+                f"{total} prompts cannot be dealt out evenly to {world_size} processes; {remedy}"
+                f"give a file with a multiple of {world_size} prompts."
+            )
         self.prompts, self.batch_size = prompts, batch_size
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
@@ -169,12 +187,28 @@ class PromptLoader:
         order: list[int] = torch.randperm(len(self.prompts), generator=generator).tolist()
         return order
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the prompts, so that a resumed run sees if they were changed."""
+        if isinstance(self.prompts, PromptFile):
+            return self.prompts.fingerprint
+        return hashlib.blake2b(repr(list(self.prompts)).encode(), digest_size=8).hexdigest()
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream."""
-        return {"drawn": self._drawn}
+        """Return the position in the stream, and what the prompts are."""
+        return {"drawn": self._drawn, "count": len(self.prompts), "prompts": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the position in `state`."""
+        """Continue from the position in `state`.
+
+        Raises:
+            ValueError: If the prompts are not those that the state was taken with.
+        """
+        if state["prompts"] != self.fingerprint:
+            raise ValueError(
+                f"The training prompts ({len(self.prompts)}) are not those that the checkpoint was "
+                f"made with ({state['count']}); restore them, or start a new run."
+            )
         self._drawn = state["drawn"]
 
 
@@ -211,6 +245,8 @@ class PromptDataModule(LightningDataModule):
         """Open the files that the stage needs, so that a broken one is told of at once."""
         splits = {"fit": ["train", "val"], "validate": ["val"]}.get(stage, ["test"])
         self.files = {split: PromptFile(self.sources[split]) for split in splits}
+        for split in set(splits) - {"train"}:
+            self._loader(split)  # refuses prompts that cannot be dealt out, before any work is done
 
     def _loader(self, split: str, shuffle: bool = False) -> PromptLoader:
         prompts: Sequence[Prompt] = self.files[split]

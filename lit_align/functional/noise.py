@@ -36,4 +36,5 @@ def randn(
 
     It is drawn on the CPU in float32 and then moved, so that it does not depend on the device.
     """
-    return torch.stack([torch.randn(*shape, generator=g) for g in generators]).to(device)
+    rows = [torch.randn(*shape, generator=g, dtype=torch.float32) for g in generators]
+    return torch.stack(rows).to(device)

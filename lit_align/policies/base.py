@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from lit_align.functional.gaussian import gaussian_kl
 from lit_align.functional.noise import randn
 from lit_align.policies import adapters, loading
 from lit_align.schedulers.base import StepOutput, StochasticScheduler
@@ -322,11 +323,37 @@ class DiffusionPolicy(nn.Module, ABC):
         elif self._reference is None:
             raise RuntimeError("Call `keep_reference()` before training to use `reference()`.")
         else:
-            trained, self.denoiser = self.denoiser, self._reference.to(self.device)
+            # Also in the dtype that `precision: bf16-true` gave to the trained weights.
+            # diffusers' own `to` warns of a cast that is meant.
+            frozen = nn.Module.to(self._reference, self.device, self.denoiser.dtype)
+            trained, self.denoiser = self.denoiser, frozen
             try:
                 yield
             finally:
                 self.denoiser = trained
+
+    @torch.no_grad()
+    def kl_to_reference(self, trajectory: Trajectory) -> Tensor:
+        """Return the divergence from the pretrained weights at each step [B, T], in nats.
+
+        ``KL(p_theta(. | x_t) || p_ref(. | x_t)) = |mean_theta - mean_ref|^2 / (2 std_t^2)``
+
+        Its sum over the steps of samples drawn from p_theta estimates the divergence of the paths,
+        a bound from above on that of the images. NaN where the step has no density.
+        """
+        count, steps = trajectory.log_probs.shape
+        everyone = torch.arange(count, device=trajectory.log_probs.device)
+        unweighted = trajectory.log_probs.new_zeros(count)
+        recorded = trajectory.replace(advantages=unweighted, weights=unweighted)
+        divergence = torch.full_like(trajectory.log_probs, torch.nan)
+        for index in self.scheduler.density_steps:
+            transition = recorded.transitions(everyone, torch.full_like(everyone, index))
+            step = self.replay(transition)
+            with self.reference():
+                reference = self.replay(transition)
+            per_dimension = gaussian_kl(step.mean, reference.mean, step.std)
+            divergence[:, index] = per_dimension * step.mean[0].numel()
+        return divergence
 
     @contextmanager
     def use_adapter(self, name: str) -> Iterator[None]:

@@ -71,7 +71,8 @@ class StochasticFlowMatch(StochasticScheduler):
     def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw times [count] in (0, 1000): the logistic of a standard normal (arXiv:2403.03206)."""
         steps: int = self.scheduler.config["num_train_timesteps"]
-        return torch.randn(count, generator=generator).sigmoid() * steps
+        normal = torch.randn(count, generator=generator, dtype=torch.float32)
+        return normal.sigmoid() * steps
 
     def corrupt(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(1 - t) x0 + t eps`` and the velocity ``eps - x0``; see the base class."""

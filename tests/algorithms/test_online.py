@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_align.algorithms import DDPO
 from lit_align.data.prompts import PromptLoader
 from lit_align.rewards import Colorfulness, RewardModule, WeightedReward
+from lit_align.rewards.scoring import RewardError
 from lit_align.trajectory import Transition
 from tests.algorithms.harness import fit, make_ddpo, make_trainer, prompt_loader
 
@@ -143,7 +144,7 @@ class HalfBlind(RewardModule):
 
 def test_unscored_images_are_masked_and_counted():
     recorder = Recorder()
-    fit(make_ddpo(reward=HalfBlind()), callbacks=[recorder])
+    fit(make_ddpo(reward=HalfBlind(), max_invalid_fraction=0.5), callbacks=[recorder])
     assert recorder.metrics[0]["rollout/invalid"] == 4
     assert all(value == value for value in recorder.metrics[0].values())  # no NaN
 
@@ -154,7 +155,7 @@ class Blind(RewardModule):
 
 
 def test_a_round_without_any_score_leaves_the_weights_alone():
-    module = make_ddpo(reward=Blind(), weight_decay=0.0)
+    module = make_ddpo(reward=Blind(), weight_decay=0.0, max_invalid_fraction=1.0)
     before = weights(module, True)
     fit(module)
     assert all(torch.equal(value, before[name]) for name, value in weights(module, True).items())
@@ -241,7 +242,7 @@ class WrongShape(RewardModule):
     ],
 )
 def test_bad_runs_are_refused_before_training(options, trainer_options, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, RewardError), match=message):
         fit(make_ddpo(**options), **trainer_options)
 
 

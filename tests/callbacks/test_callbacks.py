@@ -5,34 +5,33 @@ from lit_align.algorithms import DDPO
 from lit_align.callbacks import CrossRewardCallback, SampleGallery
 from lit_align.callbacks.cross_reward import compare_paired
 from lit_align.callbacks.sample_gallery import draw_rows
-from tests.algorithms.harness import fit, make_ddpo, make_trainer, prompt_loader
+from tests.algorithms.harness import fit, make_ddpo, prompt_loader
 
 
 def test_paired_comparison_by_hand():
     base = torch.tensor([0.0, 1.0, 2.0, torch.nan, 5.0])
     aligned = torch.tensor([1.0, 1.0, 4.0, 1.0, torch.nan])
     # Differences 1, 0, 2: mean 1, std 1, standard error 1 / sqrt(3); base std 1.
-    row = compare_paired("r", base, aligned)
-    assert row == ("r", "+1.0000", "+2.0000", "+1.0000", "+0.5774", "+1.73", "+1.00")
+    row = compare_paired("r", base, aligned, torch.arange(5))
+    assert row[:-1] == ("r", "+1.0000", "+2.0000", "+1.0000", "+0.5774", "+1.73", "+1.00")
+    assert row[-1].startswith("0.833 (")  # two wins and a tie
 
 
 def test_the_base_is_scored_before_and_the_aligned_after(capsys, tmp_path):
     callback = CrossRewardCallback()
     module = make_ddpo(lr=3e-2)
     trainer = fit(module, val=True, callbacks=[callback], max_epochs=2, default_root_dir=tmp_path)
-    assert set(callback.base) == {"Colorfulness", "gold"}
-    assert all(len(scores) == 8 for scores in callback.base.values())
+    assert callback.base.scores.shape == (8, 2)  # Colorfulness, gold
     fresh = make_ddpo()
     expected = torch.cat(
-        [fresh.evaluate(b)[1]["Colorfulness"] for b in prompt_loader(shuffle=False)]
+        [fresh.evaluate(b)["scores"]["Colorfulness"] for b in prompt_loader(shuffle=False)]
     )
-    torch.testing.assert_close(callback.base["Colorfulness"], expected, atol=1e-6, rtol=0)
-    assert not torch.equal(callback.base["Colorfulness"],
-                           torch.cat(callback._current["Colorfulness"]))  # fmt: skip
+    torch.testing.assert_close(callback.base.scores[:, 0], expected, atol=1e-6, rtol=0)
+    assert not torch.equal(callback.base.scores[:, 0], callback._current.scores[:, 0])
     assert "Base -> aligned on 8 held-out images" in capsys.readouterr().out
     assert (tmp_path / "summary.md").read_text().startswith("| reward")
     assert trainer.callback_metrics["val/reward/Colorfulness"] == pytest.approx(
-        torch.cat(callback._current["Colorfulness"]).mean().item()
+        callback._current.scores[:, 0].mean().item()
     )
 
 
@@ -43,10 +42,11 @@ def test_base_and_last_round_are_scored_whenever_validation_runs(every, tmp_path
     options = {"max_epochs": 3, "check_val_every_n_epoch": every, "default_root_dir": tmp_path}
     fit(module, val=True, callbacks=[callback, gallery], **options)
     fresh, loader = make_ddpo(), prompt_loader(shuffle=False)
-    base = torch.cat([fresh.evaluate(b)[1]["Colorfulness"] for b in loader])
-    torch.testing.assert_close(callback.base["Colorfulness"], base, atol=1e-6, rtol=0)
-    aligned = torch.cat([module.evaluate(b)[1]["Colorfulness"] for b in loader])
-    row = compare_paired("Colorfulness", callback.base["Colorfulness"], aligned)
+    base = torch.cat([fresh.evaluate(b)["scores"]["Colorfulness"] for b in loader])
+    torch.testing.assert_close(callback.base.scores[:, 0], base, atol=1e-6, rtol=0)
+    aligned = torch.cat([module.evaluate(b)["scores"]["Colorfulness"] for b in loader])
+    ids = callback.base.prompt_ids
+    row = compare_paired("Colorfulness", callback.base.scores[:, 0], aligned, ids)
     assert f"| {row[1]} | {row[2]} |" in capsys.readouterr().out
     assert gallery.base.shape == (2, 32, 32, 3)
 
@@ -83,21 +83,9 @@ def test_rows_have_their_names_and_prompts():
     assert figure.axes[2].get_ylabel() == "round 3"
 
 
-def test_state_keeps_the_base_across_a_resume():
-    callback = CrossRewardCallback()
-    callback.base = {"r": torch.tensor([1.0])}
-    resumed = CrossRewardCallback()
-    resumed.load_state_dict(callback.state_dict())
-    module = make_ddpo()
-    module.evaluate = lambda batch: pytest.fail("the base must not be scored again")
-    trainer = make_trainer()
-    resumed.on_train_start(trainer, module)
-    assert torch.equal(resumed.base["r"], callback.base["r"])
-
-
 def test_gallery_shows_what_evaluation_scores():
     module = make_ddpo()
     batch = next(iter(prompt_loader(shuffle=False)))
-    images, _ = DDPO.evaluate(module, batch)
-    first = module.generate(batch.select(torch.tensor([0, 1])))
+    images = DDPO.evaluate(module, batch)["images"]
+    first, _ = module.generate(batch.select(torch.tensor([0, 1])))
     torch.testing.assert_close(first, images[:2], atol=1 / 255, rtol=0)

@@ -117,6 +117,8 @@ def test_arithmetic_in_words():
 class FakeCollector:
     """Counts its rounds; trajectories hold the round's number."""
 
+    minibatches_in_flight = 0
+
     def __init__(self, plan, lost=0):
         self.plan, self.lost, self.collected = plan, lost, []
 
@@ -183,6 +185,39 @@ def test_state_resumes_in_the_middle_of_a_round(served):
     for left, right in zip(expected[served:], tail, strict=True):
         assert torch.equal(left, right)
     assert resumed.collector.collected == ([1] if served > 0 else [0, 1])
+
+
+def test_a_minibatch_in_flight_is_yielded_again():
+    loader, resumed = make_loader(), make_loader()
+    iterator = iter(loader)
+    minibatches = [next(iterator) for _ in range(3)]
+    loader.collector.minibatches_in_flight = 1  # training broke off in the third
+    resumed.load_state_dict(loader.state_dict())
+    assert torch.equal(next(iter(resumed)).advantages, minibatches[2].advantages)
+
+
+def test_a_round_that_failed_is_collected_again_with_the_same_prompts():
+    expected, loader, resumed = make_loader(), make_loader(), make_loader()
+    list(expected), list(loader)
+    collect = loader.collector.collect
+    loader.collector.collect = lambda batch, number: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(loader)
+    resumed.load_state_dict(loader.state_dict())
+    loader.collector.collect = collect
+    for again in (loader, resumed):
+        again.collector.collected.clear()
+    for left, right, third in zip(expected, loader, resumed, strict=True):
+        assert torch.equal(left.conditioning["prompt_embeds"], right.conditioning["prompt_embeds"])
+        assert torch.equal(left.conditioning["prompt_embeds"], third.conditioning["prompt_embeds"])
+    assert loader.collector.collected == resumed.collector.collected == [1]
+
+
+def test_changed_prompts_are_refused():
+    state = PromptLoader(PROMPTS, 1, shuffle=True).state_dict()
+    changed = PromptLoader([*PROMPTS[:-1], ("another", None)], 1, shuffle=True)
+    with pytest.raises(ValueError, match=r"prompts \(40\) are not those .* made with \(40\)"):
+        changed.load_state_dict(state)
 
 
 def test_round_state_is_loadable_as_weights_only(tmp_path):

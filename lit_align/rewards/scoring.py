@@ -1,0 +1,96 @@
+"""Calling a reward: its contract, its failures, its time limit, and threads to wait in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from threading import Thread
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lit_align.rewards.base import RewardModule, checked_scores
+from lit_align.trajectory import PromptBatch
+
+T = TypeVar("T")
+_PROMPTS_TOLD = 3
+
+
+class RewardError(RuntimeError):
+    """A reward failed as a whole; a single image that could not be scored is NaN instead."""
+
+
+def call_reward(
+    reward: RewardModule, images: Tensor, batch: PromptBatch, timeout: float | None = None
+) -> Tensor:
+    """Return the scores [B] float32 of images [B, 3, H, W], with autocast off.
+
+    Args:
+        reward: Scores the images.
+        images: In [0, 1].
+        batch: The prompts that they answer.
+        timeout: Seconds to wait; the call then runs in a thread of its own.
+
+    Raises:
+        RewardError: If the reward raised, broke its contract, or took too long; the message names
+            the reward and the prompts.
+    """
+
+    def call() -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            scores = reward(images.float(), batch.prompts, batch.metadata, batch.group_ids)
+        return checked_scores(reward, scores, len(images))
+
+    try:
+        if timeout is None:
+            return call()
+        future = in_thread(call)
+        if wait([future], timeout).done:
+            return future.result()
+    except Exception as error:
+        raise RewardError(
+            f"{reward.name} failed for {_named(batch)}: {type(error).__name__}: {error}"
+        ) from error
+    raise RewardError(
+        f"{reward.name} did not answer within {timeout} seconds (`reward_timeout`) for "
+        f"{_named(batch)}."
+    )
+
+
+def check_background(reward: RewardModule) -> None:
+    """Check that a reward may be called batch by batch, beside the sampling.
+
+    Raises:
+        ValueError: If it looks at several images together or keeps statistics of them.
+    """
+    if reward.granularity != "pointwise" or reward.statistics():
+        raise ValueError(
+            f"`background_rewards` scores batch by batch, but {reward.name} looks at several "
+            "images together or keeps statistics; leave it out."
+        )
+
+
+def in_thread(function: Callable[[], T]) -> Future[T]:
+    """Start `function` in a thread that does not keep the program alive, with the same grad mode.
+
+    Work on a GPU would queue behind the main thread's; what gains is work on CPU or elsewhere.
+    """
+    future: Future[T] = Future()
+    grad = torch.is_grad_enabled()
+
+    def run() -> None:
+        try:
+            with torch.set_grad_enabled(grad):  # grad mode belongs to the thread
+                future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
+
+
+def _named(batch: PromptBatch) -> str:
+    shown = ", ".join(repr(prompt[:100]) for prompt in batch.prompts[:_PROMPTS_TOLD])
+    more = ", ..." if len(batch) > _PROMPTS_TOLD else ""
+    return f"{len(batch)} image(s) of the prompts {shown}{more}"
