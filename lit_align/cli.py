@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 # Importing them registers the short names of their classes.
 from lit_align import algorithms, callbacks, policies, rewards, schedulers, verbs
 from lit_align.algorithms.base import FSDP_MESSAGE
+from lit_align.callbacks import RNGStateCallback
 from lit_align.comparison import compare
 from lit_align.data import image_text, prompts
 from lit_align.run_folder import (
@@ -96,6 +97,8 @@ class LitAlignCLI(LightningCLI):
             _say(f"Run folder: {folder.path}")
         trainer: Any = super().instantiate_trainer(**kwargs)
         trainer.callbacks.insert(0, ResumeMetrics())
+        if not any(isinstance(callback, RNGStateCallback) for callback in trainer.callbacks):
+            trainer.callbacks.append(RNGStateCallback())
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

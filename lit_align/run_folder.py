@@ -43,7 +43,7 @@ class RunFolder:
     def new(cls, root: str, name: str) -> RunFolder:
         """Reserve the next version. Only the main process decides; others never write."""
         versions = [int(path.name.removeprefix("version_")) for path in _versions(root, name)]
-        folder = cls(Path(root), name, max(versions, default=-1) + 1)
+        folder = cls(_relative(Path(root)), name, max(versions, default=-1) + 1)
         if _is_main_process():
             folder.path.mkdir(parents=True)
         return folder
@@ -56,7 +56,7 @@ class RunFolder:
         if path.parent.name != "checkpoints" or found is None:
             return None
         experiment = path.parent.parent.parent
-        return cls(experiment.parent, experiment.name, int(found[1]))
+        return cls(_relative(experiment.parent), experiment.name, int(found[1]))
 
     def loggers(self) -> list[Logger]:
         """Return the TensorBoard and CSV loggers that write here."""
@@ -92,6 +92,12 @@ def validation_rows(metrics: Path) -> list[dict[str, float]]:
         for row in rows
         if any(row[name] for name in rewards)
     ]
+
+
+def _relative(path: Path) -> Path:
+    """Return the path from the working folder, so that a resumed run's is that of the first."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _is_main_process() -> bool:

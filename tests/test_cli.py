@@ -139,6 +139,67 @@ def test_resume_with_averaged_weights_equals_the_run_without_a_break():
     assert metrics(half) == metrics(whole)
 
 
+def with_callbacks(*callbacks):
+    config = yaml.safe_load(CONFIG)
+    config["trainer"]["callbacks"] = list(callbacks)
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+
+
+AVERAGE = {"class_path": "AdapterEMA", "init_args": {"decay": 0.5}}
+
+
+def test_resume_with_an_average_of_the_adapters_equals_the_run_without_a_break():
+    with_callbacks(
+        AVERAGE, {"class_path": "RNGStateCallback"}, {"class_path": "InvariantsCallback"}
+    )
+    whole = fit(name="whole")
+    half = fit("--trainer.max_epochs", "1", name="half")
+    (checkpoint,) = (half / "checkpoints").iterdir()
+    fit("--ckpt_path", str(checkpoint), name="half")
+    assert metrics(half) == metrics(whole)
+    for key in ("average", "state_dict"):
+        ends = []
+        for run in (whole, half):
+            newest = max((run / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            stored = torch.load(newest, weights_only=True)
+            ends.append(stored["callbacks"]["AdapterEMA"][key] if key == "average" else stored[key])
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_average_can_be_exported_and_sampled(capsys):
+    with_callbacks(AVERAGE)
+    checkpoint = last_checkpoint("--model.init_args.lr", "1e-2")
+    stored = torch.load(checkpoint, weights_only=True)
+    average = stored["callbacks"]["AdapterEMA"]["average"]
+    state = load_module(checkpoint, "ema").state_dict()
+    assert all(torch.equal(state[name], average[name]) for name in average)
+    assert any(not torch.equal(stored["state_dict"][name], average[name]) for name in average)
+    files = {}
+    for weights in ("ema", "trained"):
+        words = ["--ckpt_path", checkpoint, "--weights", weights, "--output"]
+        main(["export", *words, f"{weights}-lora"])
+        main(["generate", *words, weights, "--prompts", str(PROMPTS)])
+        generate(PROMPTS, f"{weights}-plain", pretrained="shapes-sd", lora=f"{weights}-lora",
+                 num_inference_steps=3, guidance_scale=1.0)  # fmt: skip
+        files[weights] = [path.read_bytes() for path in sorted(Path(weights).iterdir())]
+        plain = [path.read_bytes() for path in sorted(Path(f"{weights}-plain").iterdir())]
+        assert files[weights] == plain
+    assert files["ema"] != files["trained"]
+
+
+def test_a_checkpoint_without_an_average_is_refused_where_one_is_asked_for():
+    with_callbacks()
+    checkpoint = last_checkpoint("--trainer.max_epochs", "1")
+    with pytest.raises(ValueError, match="no averaged weights: .* no AdapterEMA"):
+        export(checkpoint, "out", weights="ema")
+    with pytest.raises(ValueError, match="no averaged weights"):
+        generate(PROMPTS, "out", ckpt_path=checkpoint, weights="ema")
+    with pytest.raises(ValueError, match="`weights: ema` is for a `ckpt_path`"):
+        generate(PROMPTS, "out", pretrained="shapes-sd", weights="ema")
+    assert not Path("out").exists()
+
+
 def test_resume_of_the_last_run_by_name_and_configuration_wins(capsys):
     fit("--trainer.max_epochs", "1")
     capsys.readouterr()

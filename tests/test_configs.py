@@ -8,7 +8,12 @@ import yaml
 from lit_align.cli import main
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.name != "runs.yaml"]
+OVERLAYS = sorted((ROOT / "configs" / "scale").glob("*.yaml"))
+CONFIGS = sorted(
+    path
+    for path in set((ROOT / "configs").rglob("*.yaml")) - set(OVERLAYS)
+    if path.name != "runs.yaml"
+)
 
 
 def ids(path):
@@ -55,6 +60,44 @@ def test_configuration_for_the_shapes_world_trains_on_one_batch(path):
     main(
         ["fit", "--config", str(path), *(word for k, v in small.items() for word in (f"--{k}", v))]
     )
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=ids)
+@pytest.mark.parametrize("run", ["configs/quickstart.yaml", "configs/ddpo/sd15_jpeg.yaml"])
+def test_overlay_scales_any_run(overlay, run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(ROOT / run), "--config", str(overlay), "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    alone = yaml.safe_load((ROOT / run).read_text())
+    assert printed["name"] == alone["name"]
+    assert printed["trainer"]["max_epochs"] == alone["trainer"]["max_epochs"]
+    assert printed["trainer"]["devices"] == 8
+    nodes = printed["trainer"]["num_nodes"]
+    assert nodes == (2 if "nodes" in overlay.name else 1)
+    strategy = printed["trainer"]["strategy"]
+    if "fsdp2" in overlay.name:
+        assert strategy["class_path"].endswith(".ModelParallelStrategy")
+        assert strategy["init_args"]["data_parallel_size"] == 8 * nodes
+        assert strategy["init_args"]["tensor_parallel_size"] == 1
+        assert strategy["init_args"]["save_distributed_checkpoint"] is False
+    else:
+        assert strategy == "ddp"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=ids)
+def test_overlay_says_how_to_launch_it_and_what_to_divide(overlay):
+    text = "\n".join(line for line in overlay.read_text().splitlines() if line.startswith("#"))
+    assert "Hardware:" in text
+    assert f"--config configs/ddpo/sd15_jpeg.yaml --config configs/{ids(overlay)}" in text
+    assert "What to divide" in text
+    assert ("torchrun --nnodes 2 --nproc-per-node 8" in text) == ("nodes" in overlay.name)
+
+
+def test_fsdp1_is_refused_by_naming_the_overlay_for_fsdp2():
+    run = str(ROOT / "configs/quickstart.yaml")
+    with pytest.raises(ValueError, match="configs/scale/fsdp2.yaml"):
+        main(["fit", "--config", run, "--trainer.strategy", "fsdp"])
 
 
 def test_lists_of_runs_name_configurations_that_exist():

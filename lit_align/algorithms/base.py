@@ -105,7 +105,7 @@ class AlignmentModule(LightningModule, ABC):
         Raises:
             ValueError: If an option cannot work; the message says what can.
         """
-        keep_float32(self.trainer.precision_plugin)
+        keep_float32(self.trainer.precision_plugin, self.policy)
         for reward in self.rewards.values():
             reward.to(self.device)
         steps = {self.eval_num_inference_steps}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal
@@ -86,7 +86,7 @@ class OnlineModule(AlignmentModule, ABC):
         self.minibatch_order = minibatch_order
         self.cfg_grad = cfg_grad
         self.background_rewards = background_rewards
-        self._pending_logs: dict[str, float] = {}
+        self._round_logs: dict[str, float] = {}
         self._window: list[Logs] = []
         self._update_started = 0.0
         self._experience: ExperienceLoader | None = None
@@ -130,7 +130,7 @@ class OnlineModule(AlignmentModule, ABC):
         self._check_rewards(trajectory)
         trajectory = self._weigh(self.compute_targets(trajectory))
         self._count(len(trajectory) * self.num_inference_steps, rewards=len(trajectory))
-        self._pending_logs |= {
+        self._round_logs |= {
             "time/rollout": sampled - started,
             "time/reward": scored - sampled,
             **({"time/update": started - self._update_started} if self._update_started else {}),
@@ -175,7 +175,7 @@ class OnlineModule(AlignmentModule, ABC):
                 f"images, more than `max_invalid_fraction` ({self.max_invalid_fraction}) allows; "
                 "repair the reward, or raise the limit if so many NaN are expected."
             )
-        self._pending_logs |= {
+        self._round_logs |= {
             f"rollout/reward/{self.reward.name}": float(valid.mean()),
             f"rollout/reward_std/{self.reward.name}": float(valid.std(correction=0)),
             "rollout/invalid": float(invalid),
@@ -207,9 +207,15 @@ class OnlineModule(AlignmentModule, ABC):
             self._experience.load_state_dict(self._experience_state)
         return self._experience
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what every step of the round logs; see the base class."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lit_align"]["round_logs"] = dict(self._round_logs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the loader too: Lightning does so only in the middle of an epoch."""
         super().on_load_checkpoint(checkpoint)
+        self._round_logs = dict(checkpoint["lit_align"]["round_logs"])
         states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         if states:
             self._experience_state = states[0]
@@ -279,9 +285,8 @@ class OnlineModule(AlignmentModule, ABC):
         logs = {"train/loss": loss, **logs}
         self._window.append({name: value.detach() for name, value in logs.items()})
         self._count(len(batch))
-        for name, value in self._pending_logs.items():
+        for name, value in self._round_logs.items():
             self.log(name, value, batch_size=len(batch))
-        self._pending_logs = {}
         self.log_dict({name: float(count) for name, count in self.counters.items()})
         return loss
 

@@ -1,34 +1,34 @@
-"""Keeping everything but the networks in float32 under 16-bit weights."""
+"""Keeping everything but the pipeline's networks in float32 under 16-bit weights."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from torch import nn
-from torchmetrics import Metric
+
+from lit_align.policies.base import DiffusionPolicy
 
 
-def keep_float32(plugin: Precision) -> None:
-    """Let `bf16-true` and `16-true` cast weights only.
+def keep_float32(plugin: Precision, policy: DiffusionPolicy) -> None:
+    """Let `bf16-true` and `16-true` cast the denoiser, the text encoders and the VAE only.
 
-    Lightning's plugin would also cast minibatches (latents, log-probabilities, advantages) and
-    running means, and make 16 bits the default of every tensor that a scheduler, a reward or its
-    thread creates. The policies cast what enters their networks themselves.
+    Lightning's plugin would also cast minibatches (latents, log-probabilities, advantages),
+    critics and running means, and make 16 bits the default of every tensor that a scheduler, a
+    reward or its thread creates. Policies cast what enters their networks themselves.
     """
-    if isinstance(plugin, HalfPrecision):
-        options: Any = plugin
-        options.convert_input = lambda data: data
-        options.forward_context = nullcontext
-        options.convert_module = partial(_convert_weights, plugin)
+    if not isinstance(plugin, HalfPrecision):
+        return
+    dtype = torch.bfloat16 if plugin.precision == "bf16-true" else torch.float16
 
+    def convert(module: nn.Module) -> nn.Module:
+        for network in (policy.denoiser, policy.text_encoders, policy.vae):
+            nn.Module.to(network, dtype)  # diffusers' own `to` warns of a cast that is meant
+        return module
 
-def _convert_weights(plugin: HalfPrecision, module: nn.Module) -> nn.Module:
-    converted = type(plugin).convert_module(plugin, module)
-    for part in converted.modules():
-        if isinstance(part, Metric):
-            part.set_dtype(torch.float32)
-    return converted
+    options: Any = plugin
+    options.convert_module = convert
+    options.convert_input = lambda data: data
+    options.forward_context = nullcontext

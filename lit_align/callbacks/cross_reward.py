@@ -299,7 +299,8 @@ class CrossRewardCallback(Callback):
 def _moments(names: Any, scores: Tensor) -> dict[str, Tensor]:
     moments = RewardMoments(names, sync_on_compute=False)
     moments.update(scores)
-    return moments.compute()
+    # torchmetrics gives scalars for a single reward.
+    return {name: torch.atleast_1d(values) for name, values in moments.compute().items()}
 
 
 def _win_rate(aligned: Tensor, base: Tensor, prompt_ids: Tensor) -> dict[str, float]:

@@ -198,9 +198,9 @@ def _default_tolerance(trainer: Trainer, module: LightningModule) -> float:
 
 def _check_finite(parameters: dict[str, nn.Parameter], step: int) -> None:
     gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-    if not gradients or bool(_largest(gradients.values()).isfinite()):  # one wait for the device
+    if not gradients or bool(_size(gradients.values()).isfinite()):  # one wait for the device
         return
-    guilty = [n for n, g in gradients.items() if not _largest([g]).isfinite()]
+    guilty = [n for n, g in gradients.items() if not _size([g]).isfinite()]
     modules = list(dict.fromkeys(map(_module_of, guilty)))
     raise InvariantError(
         f"Update {step + 1}: the gradients of {len(guilty)} of {len(gradients)} tensors are not "
@@ -219,7 +219,7 @@ def _check_modules(parameters: dict[str, nn.Parameter], idle: tuple[str, ...], s
         found = gradients.setdefault(_module_of(name), [])
         if parameter.grad is not None:
             found.append(parameter.grad)
-    reached = {name: _largest(found) for name, found in gradients.items() if found}
+    reached = {name: _size(found) for name, found in gradients.items() if found}
     if not reached:
         return
     nonzero = (torch.stack(list(reached.values())) != 0).tolist()
@@ -228,8 +228,8 @@ def _check_modules(parameters: dict[str, nn.Parameter], idle: tuple[str, ...], s
     if trained and left_out:
         raise InvariantError(
             f"Update {step + 1}: {len(left_out)} of {len(gradients)} trained modules have no "
-            f"gradient or only zeros: {_told(left_out)}. The loss does not depend on them: look for a "
-            "`detach()`, a `torch.no_grad()` or an unused layer, or freeze them by "
+            f"gradient or only zeros: {_told(left_out)}. The loss does not depend on them: look "
+            "for a `detach()`, a `torch.no_grad()` or an unused layer, or freeze them by "
             "`requires_grad_(False)`."
         )
 
@@ -247,10 +247,14 @@ def _idle_by_design(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _largest(gradients: Iterable[Tensor]) -> Tensor:
-    """Return the largest absolute value, of whole tensors where they are sharded."""
-    largest = nn.utils.get_total_norm(gradients, norm_type=torch.inf)
-    return largest.full_tensor() if isinstance(largest, DTensor) else largest
+def _size(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the sum of absolute values, of whole tensors where they are sharded.
+
+    Unlike the root of squares it is 0 for zeros only, and unlike the maximum it exists for a
+    process's share of a tensor that has fewer rows than there are processes.
+    """
+    size = nn.utils.get_total_norm(gradients, norm_type=1)
+    return size.full_tensor() if isinstance(size, DTensor) else size
 
 
 def _module_of(name: str) -> str:

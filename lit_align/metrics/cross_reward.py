@@ -230,10 +230,10 @@ def end_slope(gain: Tensor, held_out: Tensor) -> Tensor:
         held_out: h [T].
     """
     end = gain >= _END * gain.max()
-    if gain.max() <= 0 or end.sum() < 3:
+    if end.sum() < 3:
         return gain.new_tensor(torch.nan)
     g, h = gain[end] - gain[end].mean(), held_out[end]
-    return (g * h).sum() / (g**2).sum()
+    return (g * h).sum() / (g**2).sum()  # 0 / 0 if g is constant
 
 
 def first_passage(gain: Tensor, held_out: Tensor, level: float) -> tuple[Tensor, Tensor]:

@@ -341,6 +341,7 @@ class DiffusionPolicy(nn.Module, ABC):
         Its sum over the steps of samples drawn from p_theta estimates the divergence of the paths,
         a bound from above on that of the images. NaN where the step has no density.
         """
+        self.scheduler.set_timesteps(trajectory.num_inference_steps, self.device)
         count, steps = trajectory.log_probs.shape
         everyone = torch.arange(count, device=trajectory.log_probs.device)
         unweighted = trajectory.log_probs.new_zeros(count)

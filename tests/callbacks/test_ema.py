@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -138,7 +140,8 @@ class Interruption(Callback):
     """Makes a checkpoint during validation, as a signal may ask for, and then fails."""
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+        # A copy, as a file would be: the weights in it are those of the module.
+        self.checkpoint = copy.deepcopy(trainer._checkpoint_connector.dump_checkpoint())
         raise KeyError("interrupted")
 
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -18,7 +19,7 @@ from torch import nn
 from lit_align.algorithms import DDPO
 from lit_align.algorithms.sharding import whole
 from lit_align.rewards import Colorfulness
-from tests.algorithms.harness import make_trainer, prompt_loader
+from tests.algorithms.harness import make_ddpo, make_trainer, prompt_loader
 from tests.conftest import tiny_policy
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,6 +36,7 @@ TIMEOUT = 300  # seconds
 # softmax or a normalisation) would be blown up to steps of size lr with the default of 1e-8; the
 # others are larger than this by orders.
 EPS = 1e-6
+FROZEN_BF16 = {"train": "lora", "dtype": "bfloat16"}
 
 
 class WithCritic(DDPO):
@@ -44,6 +46,10 @@ class WithCritic(DDPO):
         super().__init__(policy, reward, **options)
         self.critic = nn.Sequential(nn.Linear(256, 8), nn.Tanh(), nn.Linear(8, 1))
         self.rounds = []
+
+    def configure_model(self):
+        super().configure_model()
+        super().configure_model()  # Lightning calls it once per fit, validate, ...
 
     def configure_optimizers(self):
         policy = [p for p in self.policy.parameters() if p.requires_grad]
@@ -67,7 +73,10 @@ class WithCritic(DDPO):
         return trajectory
 
 
-def run(folder, name, family, strategy=None, accumulate=1, resume=None, rounds=ROUNDS):
+def run(
+    folder, name, family, strategy=None, accumulate=1, resume=None, rounds=ROUNDS,
+    precision="32-true", **policy_options,
+):  # fmt: skip
     """Train and write `NAME-RANK.pt` with samples and weights, and checkpoints `NAME/epoch=N.ckpt`.
 
     Without a strategy it is the one process that the two must agree with.
@@ -75,7 +84,7 @@ def run(folder, name, family, strategy=None, accumulate=1, resume=None, rounds=R
     processes = 1 if strategy is None else 2
     rank = int(os.environ["LOCAL_RANK"]) if processes > 1 else 0
     sizes = {"rollout_batch_size": 8 // processes, "clip_range": 1e-2, "beta": 0.1, "lr": 1e-3}
-    policy = tiny_policy(family, train=FAMILIES[family])
+    policy = tiny_policy(family, **{"train": FAMILIES[family], **policy_options})
     torch.manual_seed(rank)  # the critics start different, and must be made equal
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # modules passed as arguments, which is meant
@@ -96,6 +105,7 @@ def run(folder, name, family, strategy=None, accumulate=1, resume=None, rounds=R
         strategy={None: "auto", "ddp": "ddp"}.get(strategy) or fsdp2(),
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
+        precision=precision,
         callbacks=[
             ModelCheckpoint(
                 folder / name, "{epoch}", every_n_epochs=1, save_top_k=-1,
@@ -134,8 +144,15 @@ def both(folder):
         for strategy in STRATEGIES:
             name = f"{family}-{strategy}"
             run(folder, name, family, strategy)
-            run(folder, f"{name}-accumulated", family, strategy, accumulate=2, rounds=1)
             run(folder, f"{name}-resumed", family, strategy, resume=whole_round)
+    for strategy in STRATEGIES:
+        run(folder, f"sd3-{strategy}-accumulated", "sd3", strategy, accumulate=2, rounds=1)
+    run(folder, "frozen-bf16", "sd3", "fsdp2", rounds=1, precision="bf16-mixed", **FROZEN_BF16)
+    run(folder, "all-bf16", "sd3", "fsdp2", rounds=1, precision="bf16-true")
+    trainer = make_trainer(devices=2, strategy=ModelParallelStrategy())  # "auto": tensor parallel
+    with pytest.raises(ValueError, match="data parallelism only") as refused:
+        trainer.fit(make_ddpo("sd3", rollout_batch_size=4), prompt_loader())
+    (folder / "refused.txt").write_text(str(refused.value))
 
 
 def launch(command, **environment):

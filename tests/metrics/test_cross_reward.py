@@ -75,9 +75,9 @@ def test_levels_that_are_never_reached_are_nan():
 
 
 def test_first_passage_reads_each_level_once():
-    # g falls back from 1 to 0.5 before it reaches 2: levels up to 1 are read on the first rise,
-    # h = 0.6 g; those above on the line from (0.5, -1) to (2, 0.5), h = g - 1.5.
-    gain, held_out = tensor(0, 1, 0.5, 2), tensor(0, 0.6, -1, 0.5)
+    # g falls back from 1 and wavers below it before it reaches 2: levels up to 1 are read on the
+    # first rise, h = 0.6 g; those above on the line from (0.5, -1) to (2, 0.5), h = g - 1.5.
+    gain, held_out = tensor(0, 1, 0.4, 0.5, 2), tensor(0, 0.6, 3, -1, 0.5)
     ends, heights = first_passage(gain, held_out, 2.0)
     assert ends.tolist() == [[0, 1], [1, 2]]
     torch.testing.assert_close(heights, tensor(0, 0.6, -0.5, 0.5).reshape(2, 2))
@@ -102,6 +102,7 @@ def test_the_end_slope_sees_the_last_points_only():
     held_out = tensor(0, 5, 0.4, 0.3, 0.2)  # falls by 0.1 per 0.2 at the end
     assert end_slope(gain, held_out).item() == pytest.approx(-0.5)
     assert end_slope(-gain, held_out).isnan()  # the target never rose
+    assert end_slope(tensor(0, 0, 0), tensor(0, 1, 2)).isnan()
     assert end_slope(tensor(0, 2, 2, 2), held_out[:4]).isnan()  # no spread in g
 
 

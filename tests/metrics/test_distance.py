@@ -119,6 +119,9 @@ def test_the_reference_survives_a_reset(make):
         metric.reset()
     metric.update(second, real=False)
     assert metric.compute().item() == pytest.approx(measure(fresh, real, second), rel=RTOL)
+    metric.reset()
+    with pytest.raises(ValueError, match="must be 3 wide"):
+        metric.update(torch.randn(20, 4), real=False)
     forgetful = make(reset_real_features=True)
     measure(forgetful, real, first)
     forgetful.reset()

@@ -267,3 +267,35 @@ def perturb(policy):
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize(("family", "prediction"), FAMILIES)
+def test_kl_to_reference_is_that_of_the_transitions(family, prediction, train):
+    policy = tiny_policy(family, prediction, train=train)
+    policy.keep_reference()
+    base = policy.kl_to_reference(sample(policy))
+    density = list(policy.scheduler.density_steps)
+    assert base[:, density].abs().max() == 0
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    trajectory = sample(policy)
+    found = policy.kl_to_reference(trajectory)
+    assert found.shape == (3, 4)
+    assert found.isfinite().all(dim=0).nonzero().flatten().tolist() == density
+    for step in density:
+        transition = transitions(policy, trajectory).select(
+            torch.arange(density.index(step), 3 * len(density), len(density))
+        )
+        with torch.no_grad():
+            own = policy.replay(transition)
+            with policy.reference():
+                other = policy.replay(transition)
+        std = own.std.view(-1, 1, 1, 1).expand_as(own.mean)
+        expected = torch.distributions.kl_divergence(
+            torch.distributions.Normal(own.mean, std), torch.distributions.Normal(other.mean, std)
+        ).sum(dim=(1, 2, 3))
+        assert expected.min() > 0
+        torch.testing.assert_close(found[:, step], expected, rtol=1e-3, atol=1e-5)

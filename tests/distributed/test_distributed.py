@@ -1,0 +1,141 @@
+"""Two processes take the updates of one with batches twice as large, by DDP and by FSDP2."""
+
+import pytest
+import torch
+from torch import nn
+
+from lit_align.algorithms.sharding import check_sharded
+from tests.distributed.scenarios import (
+    FAMILIES,
+    ROUNDS,
+    STRATEGIES,
+    checkpoint,
+    launch_both,
+    references,
+    run,
+)
+
+SAME = 1e-6  # samples under equal weights
+ATOL = 1e-5  # weights, and samples under weights that agree so far
+
+PAIRS_OF_RUNS = pytest.mark.parametrize(
+    "name", [f"{family}-{strategy}" for family in FAMILIES for strategy in STRATEGIES]
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of all runs: those of one process, and those of one pair of processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    references(folder)
+    launch_both(folder)
+    return folder
+
+
+def left_by(folder, name, rank=0):
+    return torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
+
+
+def one(name):
+    return name.split("-")[0] + "-one"
+
+
+def assert_near(weights, expected, atol=ATOL):
+    assert weights.keys() == expected.keys()
+    for key, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[key], atol=atol, rtol=0, msg=key)
+
+
+@PAIRS_OF_RUNS
+def test_two_processes_sample_what_one_samples(folder, name):
+    expected = left_by(folder, one(name))["rounds"]
+    halves = [left_by(folder, name, rank)["rounds"] for rank in range(2)]
+    assert len(expected) == len(halves[0]) == ROUNDS
+    for number, (whole, *parts) in enumerate(zip(expected, *halves, strict=True)):
+        order = torch.cat([part["positions"] for part in parts]).argsort()
+        for key in ("positions", "latents", "rewards"):
+            together = torch.cat([part[key] for part in parts])[order]
+            atol = SAME if number == 0 else ATOL
+            torch.testing.assert_close(together, whole[key], atol=atol, rtol=0)
+
+
+@PAIRS_OF_RUNS
+def test_two_processes_take_the_updates_of_one(folder, name):
+    before = torch.load(checkpoint(folder, one(name), 0), weights_only=True)["state_dict"]
+    expected = left_by(folder, one(name))["weights"]
+    assert max((expected[k] - before[k]).abs().max() for k in before) > 100 * ATOL
+    for rank in range(2):
+        assert_near(left_by(folder, name, rank)["weights"], expected)
+    assert_near(
+        left_by(folder, name, 0)["weights"], left_by(folder, name, 1)["weights"], atol=0.0
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_accumulation_gives_the_gradient_of_the_larger_batch(folder, strategy):
+    expected = torch.load(checkpoint(folder, "sd3-one", 0), weights_only=True)["state_dict"]
+    assert_near(left_by(folder, f"sd3-{strategy}-accumulated")["weights"], expected)
+
+
+@PAIRS_OF_RUNS
+def test_checkpoint_of_two_processes_is_that_of_one(folder, name):
+    stored, expected = (
+        torch.load(checkpoint(folder, run, ROUNDS - 1), weights_only=True)
+        for run in (name, one(name))
+    )
+    assert_near(stored["state_dict"], expected["state_dict"])
+    assert {type(tensor) for tensor in stored["state_dict"].values()} == {torch.Tensor}
+    (state,), (expected_state,) = stored["optimizer_states"], expected["optimizer_states"]
+    for key in ("exp_avg", "exp_avg_sq"):
+        moments = {name: s[key] for name, s in state["state"].items()}
+        assert {type(tensor) for tensor in moments.values()} == {torch.Tensor}
+        assert_near(moments, {name: s[key] for name, s in expected_state["state"].items()})
+    for group, expected_group in zip(
+        state["param_groups"], expected_state["param_groups"], strict=True
+    ):
+        assert (group["params"], group["lr"]) == (expected_group["params"], expected_group["lr"])
+
+
+@PAIRS_OF_RUNS
+def test_two_processes_continue_the_run_of_one(folder, name):
+    continued = left_by(folder, f"{name}-resumed")
+    assert len(continued["rounds"]) == 1
+    assert_near(continued["weights"], left_by(folder, one(name))["weights"])
+
+
+@PAIRS_OF_RUNS
+def test_one_process_continues_the_run_of_two(folder, name):
+    family, resumed = name.split("-")[0], f"{name}-resumed-by-one"
+    run(folder, resumed, family, resume=checkpoint(folder, name, ROUNDS - 2))
+    continued = left_by(folder, resumed)
+    assert len(continued["rounds"]) == 1
+    assert_near(continued["weights"], left_by(folder, one(name))["weights"])
+
+
+def test_fsdp2_trains_float32_adapters_on_a_bfloat16_base(folder):
+    weights = left_by(folder, "frozen-bf16")["weights"]
+    moved = [w.abs().max() for name, w in weights.items() if "lora_B" in name]
+    assert moved
+    assert max(moved) > 0  # they start at 0
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_fsdp2_casts_the_denoiser_but_no_critic_to_bfloat16(folder):
+    weights = left_by(folder, "all-bf16")["weights"]
+    for name, weight in weights.items():
+        expected = torch.float32 if name.startswith("critic") else torch.bfloat16
+        assert weight.dtype == expected, name
+
+
+def test_a_trainable_tensor_left_whole_is_named():
+    module = nn.Module()
+    module.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    check_sharded(module)
+    module.temperature = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"whole, first 'temperature'"):
+        check_sharded(module)
+
+
+def test_tensor_parallelism_is_refused(folder):
+    message = (folder / "refused.txt").read_text()
+    assert "`data_parallel_size: 2` and `tensor_parallel_size: 1`" in message

@@ -1,0 +1,210 @@
+"""A run that broke off, resumed from what Lightning wrote, equals the run without a break."""
+
+import csv
+import json
+import multiprocessing
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+
+from lit_align.cli import main
+from tests import victim
+from tests.algorithms.harness import fit as fit_module
+from tests.algorithms.harness import make_ddpo, make_trainer, prompt_loader
+from tests.test_cli import CONFIG
+
+SAVER = "lightning.pytorch.callbacks.ModelCheckpoint"
+OVERWRITE = {"enable_version_counter": False}  # else a resumed run writes last-v1.ckpt
+CALLBACKS = [
+    {"class_path": "AdapterEMA", "init_args": {"decay": 0.9}},
+    {"class_path": "InvariantsCallback"},
+    {"class_path": "CrossRewardCallback",
+     "init_args": {"diversity_prompts": 2, "samples_per_prompt": 2, "kl_prompts": 2}},
+    {"class_path": "OveroptimizationStopping"},
+    {"class_path": "SampleGallery", "init_args": {"num_prompts": 2, "every_n_rounds": 1}},
+]  # fmt: skip
+DROPOUT = '''
+import random
+import torch
+from lit_align.rewards import RewardModule
+
+
+class Noisy(RewardModule):
+    """Draws from the global generators, which a resumed run must find as they were."""
+
+    def forward(self, images, prompts, metadata=None, group_ids=None):
+        draws = torch.rand(len(images)) + random.random()
+        return images.mean(dim=(1, 2, 3)) + (0.1 * draws if self.training else 0.0)
+'''
+
+
+def configuration(saver, pipeline="shapes-sd", rounds=4):
+    config = yaml.safe_load(CONFIG.replace("shapes-sd\n", f"{pipeline}\n").replace(
+        "pretrained: shapes-sd}", f"pretrained: {pipeline}}}"))  # fmt: skip
+    config["trainer"] |= {
+        "max_epochs": rounds,
+        "callbacks": [*CALLBACKS, {"class_path": SAVER, "init_args": saver | OVERWRITE}],
+    }
+    config["model"]["init_args"] |= {
+        "reward": {"class_path": "my_rewards.Noisy"},
+        "prompts_per_round": 2,
+        "samples_per_prompt": 4,
+        "minibatch_size": 8,
+        "lr": 1e-2,
+        "advantage_norm": "per_prompt",
+        "buffer_size": 6,
+        "min_count": 1,
+    }
+    config["model"]["init_args"]["eval_rewards"]["ShapesCLIP"] = {"class_path": "ShapesCLIP"}
+    return config
+
+
+def metrics(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if "time/" not in k} for row in csv.DictReader(file)]
+
+
+def contents(path):
+    """Return a checkpoint without times and the paths in ModelCheckpoint's own state."""
+    stored = torch.load(path, weights_only=True)
+    stored["callbacks"] = {
+        k: v for k, v in stored["callbacks"].items() if "ModelCheckpoint" not in k
+    }
+    del stored["metrics"]
+    logs = stored["lit_align"]["round_logs"]
+    stored["lit_align"]["round_logs"] = {k: v for k, v in logs.items() if "time/" not in k}
+    return stored
+
+
+def leaves(value, where=""):
+    """Yield (path, something to compare by) of a nested structure; tensors by their bits."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{where}/{key}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from leaves(item, f"{where}/{number}")
+    elif isinstance(value, torch.Tensor):
+        yield where, (value.dtype, value.shape, value.numpy().tobytes())
+    else:
+        yield where, repr(value)
+
+
+def differences(left, right):
+    """Return the paths at which two checkpoints differ."""
+    left, right = dict(leaves(left)), dict(leaves(right))
+    return sorted(path for path in left.keys() | right.keys() if left.get(path) != right.get(path))
+
+
+def assert_equal_runs(whole, resumed):
+    assert metrics(resumed) == metrics(whole)
+    for name in ("samples", "generalization.csv", "summary.md"):
+        files = sorted((whole / name).iterdir()) if name == "samples" else [whole / name]
+        assert files
+        for file in files:
+            other = resumed / file.relative_to(whole)
+            assert other.read_bytes() == file.read_bytes(), file
+    last = Path("checkpoints", "last.ckpt")
+    assert differences(contents(whole / last), contents(resumed / last)) == []
+
+
+@pytest.fixture(autouse=True)
+def _reward(_own_folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("my_rewards.py").write_text(DROPOUT)
+
+
+def fit(name, *words):
+    main(["fit", "--config", "config.yaml", "--name", name, *words])
+    return Path("runs", name, "version_0")
+
+
+def test_every_checkpoint_of_a_run_continues_it_exactly():
+    """Saved after each step, in the middle of rounds and at what would be their last update."""
+    saver = {"save_last": True, "save_top_k": -1, "every_n_train_steps": 1}
+    Path("config.yaml").write_text(yaml.safe_dump(configuration(saver, rounds=2)))
+    whole = fit("whole")
+    rows = [row for row in metrics(whole) if row["val/reward/verifier"]]
+    assert rows[0]["val/reward/verifier"] != rows[-1]["val/reward/verifier"]  # it learns something
+    checkpoints = sorted((whole / "checkpoints").glob("epoch*.ckpt"))
+    assert len(checkpoints) == 2 * 3
+    for number, checkpoint in enumerate(checkpoints):
+        resumed = Path("runs", f"again{number}", "version_0")
+        target = resumed / "checkpoints" / checkpoint.name
+        target.parent.mkdir(parents=True)
+        target.write_bytes(checkpoint.read_bytes())
+        for name in ("metrics.csv", "generalization.csv", "summary.md"):
+            (resumed / name).write_bytes((whole / name).read_bytes())
+        if "step=6" in checkpoint.name:  # of a run that had ended: one more round is asked for
+            continue
+        fit(f"again{number}", "--ckpt_path", str(target))
+        assert metrics(resumed) == metrics(whole), checkpoint.name
+        last = Path("checkpoints", "last.ckpt")
+        found = differences(contents(whole / last), contents(resumed / last))
+        assert found == [], checkpoint.name
+
+
+class SaveAtEveryBatch(Callback):
+    """Asks for a checkpoint also where gradients are being accumulated."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(f"{trainer.fit_loop.epoch_loop.total_batch_idx:02d}.ckpt")
+
+
+def test_saves_wait_for_the_end_of_an_accumulation_window_and_of_the_round():
+    module = make_ddpo(minibatch_size=4)  # 6 minibatches a round, 3 updates
+    options = {"accumulate_grad_batches": 2, "max_epochs": 2}
+    fit_module(module, callbacks=[SaveAtEveryBatch()], **options)
+    expected = [p.clone() for p in module.parameters() if p.requires_grad]
+    counted = {
+        path.name: torch.load(path, weights_only=True)["global_step"]
+        for path in sorted(Path().glob("*.ckpt"))
+    }
+    # Asked for in the middle of a window (even batches), written at its end with the odd ones.
+    assert list(counted.values()) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    for name in counted:
+        resumed = make_ddpo(minibatch_size=4)
+        make_trainer(**options).fit(
+            resumed, resumed.experience(prompt_loader()), ckpt_path=name, weights_only=True
+        )
+        found = [p for p in resumed.parameters() if p.requires_grad]
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), name
+
+
+def child(words, **kill):
+    """Run the command line in a process of its own; return its exit code."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.victim"])
+    process = server.Process(target=victim.run, args=(str(Path.cwd()), words), kwargs=kill)
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("pipeline", ["shapes-sd", "shapes-sd3"])
+def test_a_killed_run_resumes_bit_equal(pipeline):
+    """Killed by SIGKILL in a rollout, in an update, and while a checkpoint is being written."""
+    saver = {"save_last": True, "every_n_train_steps": 2}
+    Path("config.yaml").write_text(yaml.safe_dump(configuration(saver, pipeline)))
+    words = ["fit", "--config", "config.yaml"]
+    assert child([*words, "--name", "whole"]) == 0, Path("output.txt").read_text()[-3000:]
+    saves = [json.loads(line) for line in Path("saves.jsonl").read_text().splitlines()]
+    middle, end = saves[len(saves) // 2 - 1], saves[-1]  # about the end of round 2
+    chosen = random.Random(pipeline)
+    for moment in ("rollout", "update", "save"):
+        number = chosen.randint(middle[moment] + 1, end[moment] - (moment == "save"))
+        killed = child([*words, "--name", moment], moment=moment, number=number)
+        assert killed == -signal.SIGKILL
+        run = Path("runs", moment, "version_0")
+        unfinished = list((run / "checkpoints").glob(".*"))
+        assert bool(unfinished) == (moment == "save")
+        assert child([*words, "--name", moment, "--ckpt_path", "last"]) == 0, Path(
+            "output.txt"
+        ).read_text()[-3000:]
+        assert [path.name for path in Path("runs", moment).iterdir()] == ["version_0"]
+        assert_equal_runs(Path("runs", "whole", "version_0"), run)
