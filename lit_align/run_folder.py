@@ -172,8 +172,8 @@ class ResumeMetrics(Callback):
         stored, self._stored = self._stored, None
         if stored is None or "rows" not in stored:
             return
-        for logger in _csv_loggers(trainer):
-            logger.experiment.keep(stored["rows"])
+        for table in _csv_loggers(trainer):
+            table.experiment.keep(stored["rows"])
         for tensorboard in trainer.loggers:
             if isinstance(tensorboard, TensorBoardLogger) and trainer.is_global_zero:
                 _purge(tensorboard, stored["step"])
@@ -191,7 +191,8 @@ def _csv_loggers(trainer: Trainer) -> list[RunCSVLogger]:
 def _pending_row(trainer: Trainer) -> dict[str, Any] | None:
     """Return what Lightning will log right after the current hook, as its loggers take it."""
     loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
-    batches, rounds = loop.batch_progress.current, trainer.fit_loop.epoch_progress.current
+    batches: Any = loop.batch_progress.current
+    rounds: Any = trainer.fit_loop.epoch_progress.current
     if not trainer.training or connector.trainer._results is None:
         return None
     within_batch = batches.completed < batches.processed

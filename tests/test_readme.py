@@ -31,10 +31,11 @@ def test_every_folder_of_the_package_is_in_the_tree():
 def test_metric_names_of_the_code_are_explained():
     """Each metric that is logged stands in the README's table."""
     logged = set()
-    for path in (ROOT / "lit_align" / "algorithms").glob("*.py"):
-        if path.stem != "pretraining":
-            text = path.read_text(encoding="utf-8")
-            logged |= set(re.findall(r'"((?:train|rollout|time)/[a-z_]+)', text))
-    assert {"train/ratio", "rollout/invalid", "time/update"} <= logged
+    for folder in ("algorithms", "callbacks"):
+        for path in (ROOT / "lit_align" / folder).glob("*.py"):
+            if path.stem != "pretraining":
+                text = path.read_text(encoding="utf-8")
+                logged |= set(re.findall(r'"((?:train|rollout|time|val)/[a-z_]+)', text))
+    assert {"train/ratio", "rollout/invalid", "time/update", "val/kl"} <= logged
     for name in logged:
         assert f"`{name}" in README, name

@@ -135,7 +135,7 @@ class PostponedSaves(Callback):
 
 def _must_wait(trainer: Trainer) -> bool:
     batches = trainer.fit_loop.epoch_loop.batch_progress
-    rounds = trainer.fit_loop.epoch_progress.current
+    rounds: Any = trainer.fit_loop.epoch_progress.current
     if trainer.interrupted or rounds.processed == rounds.ready:
         return False
     within_window = batches.current.ready % trainer.accumulate_grad_batches != 0

@@ -25,6 +25,7 @@ from lit_align.rewards.scoring import RewardError, check_background, in_thread
 from lit_align.trajectory import PromptBatch, Trajectory, Transition
 
 Logs = dict[str, Tensor]
+Scores = list[Future[Tensor]]
 
 
 class OnlineModule(AlignmentModule, ABC):
@@ -77,20 +78,16 @@ class OnlineModule(AlignmentModule, ABC):
         )  # fmt: skip
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"`timestep_fraction` must lie in (0, 1], got {timestep_fraction}.")
-        self.prompts_per_round = prompts_per_round
-        self.samples_per_prompt = samples_per_prompt
-        self.rollout_batch_size = rollout_batch_size
-        self.minibatch_size = minibatch_size
-        self.num_inner_epochs = num_inner_epochs
-        self.timestep_fraction = timestep_fraction
-        self.minibatch_order = minibatch_order
-        self.cfg_grad = cfg_grad
+        self.prompts_per_round, self.samples_per_prompt = prompts_per_round, samples_per_prompt
+        self.rollout_batch_size, self.minibatch_size = rollout_batch_size, minibatch_size
+        self.num_inner_epochs, self.timestep_fraction = num_inner_epochs, timestep_fraction
+        self.minibatch_order, self.cfg_grad = minibatch_order, cfg_grad
         self.background_rewards = background_rewards
         self._round_logs: dict[str, float] = {}
         self._window: list[Logs] = []
         self._update_started = 0.0
         self._experience: ExperienceLoader | None = None
-        self._experience_state: dict[str, Any] | None = None
+        self._experience_state: Any = None
 
     @abstractmethod
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
@@ -130,21 +127,17 @@ class OnlineModule(AlignmentModule, ABC):
         self._check_rewards(trajectory)
         trajectory = self._weigh(self.compute_targets(trajectory))
         self._count(len(trajectory) * self.num_inference_steps, rewards=len(trajectory))
-        self._round_logs |= {
-            "time/rollout": sampled - started,
-            "time/reward": scored - sampled,
-            **({"time/update": started - self._update_started} if self._update_started else {}),
-        }
+        self._round_logs |= {"time/rollout": sampled - started, "time/reward": scored - sampled}
+        if self._update_started:
+            self._round_logs["time/update"] = started - self._update_started
         self._update_started = time.perf_counter()
         return trajectory
 
     @torch.no_grad()
-    def _sample(
-        self, batch: PromptBatch, round_index: int
-    ) -> tuple[Trajectory, list[Future[Tensor]]]:
+    def _sample(self, batch: PromptBatch, round_index: int) -> tuple[Trajectory, Scores]:
         """Return the round's samples, and their scores if those are computed beside."""
         parts: list[Trajectory] = []
-        scores: list[Future[Tensor]] = []
+        scores: Scores = []
         for chunk in torch.arange(len(batch)).split(self.rollout_batch_size):
             with self.trainer.precision_plugin.forward_context():
                 parts.append(self.rollout(batch.select(chunk), round_index))
@@ -192,8 +185,7 @@ class OnlineModule(AlignmentModule, ABC):
             raise ValueError(f"{type(self).__name__}.compute_targets must set `advantages`.")
         valid = advantages.isfinite()
         weights = valid / self.gathered(valid.float()).mean().clamp(min=1e-8)
-        advantages = advantages.where(valid, 0.0).float()
-        return trajectory.replace(advantages=advantages, weights=weights)
+        return trajectory.replace(advantages=advantages.where(valid, 0.0).float(), weights=weights)
 
     def minibatches(self, trajectory: Trajectory, round_index: int) -> Iterator[Transition]:
         """Cut the round into minibatches of (sample, step) pairs in the chosen order."""
@@ -225,21 +217,21 @@ class OnlineModule(AlignmentModule, ABC):
     @property
     def minibatches_in_flight(self) -> int:
         """How many minibatches were handed out but not learned from yet: 0 or 1."""
-        current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        current: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(current.ready - current.processed)
 
     @property
     def plan(self) -> RoundPlan:
         """The sizes and orders of a round."""
-        density_steps = tuple(self.policy.scheduler.density_steps)
+        steps = tuple(self.policy.scheduler.density_steps)
         return RoundPlan(
             prompts_per_round=self.prompts_per_round,
             samples_per_prompt=self.samples_per_prompt,
             rollout_batch_size=self.rollout_batch_size,
             minibatch_size=self.minibatch_size,
             num_inner_epochs=self.num_inner_epochs,
-            steps=density_steps,
-            trained_steps=max(1, int(len(density_steps) * self.timestep_fraction)),
+            steps=steps,
+            trained_steps=max(1, int(len(steps) * self.timestep_fraction)),
             minibatch_order=self.minibatch_order,
             seed=self.seed,
             rank=self.trainer.global_rank,
@@ -285,9 +277,8 @@ class OnlineModule(AlignmentModule, ABC):
         logs = {"train/loss": loss, **logs}
         self._window.append({name: value.detach() for name, value in logs.items()})
         self._count(len(batch))
-        for name, value in self._round_logs.items():
-            self.log(name, value, batch_size=len(batch))
-        self.log_dict({name: float(count) for name, count in self.counters.items()})
+        counters = {name: float(count) for name, count in self.counters.items()}
+        self.log_dict({**self._round_logs, **counters}, batch_size=len(batch))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,9 +21,17 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.algorithms import DDPO
+from lit_align.callbacks import (
+    AdapterEMA,
+    CrossRewardCallback,
+    InvariantsCallback,
+    OveroptimizationStopping,
+    RNGStateCallback,
+    SampleGallery,
+)
 from lit_align.data.prompts import PromptFile, PromptLoader
 from lit_align.policies import DiffusionPolicy
-from lit_align.rewards import Colorfulness
+from lit_align.rewards import Colorfulness, ShapesCLIP, ShapesVerifier
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], bool]
 
@@ -88,6 +97,7 @@ def overhead(
     guidance_scale: float = 1.0,
     images_per_round: int = 64,
     num_inference_steps: int = 10,
+    callbacks: bool = True,
 ) -> None:
     """Print, per pipeline, the overhead ratio and images per second.
 
@@ -97,13 +107,15 @@ def overhead(
         guidance_scale: Weight of guidance; 1 runs no unconditional branch.
         images_per_round: Images per round.
         num_inference_steps: Denoising steps.
+        callbacks: Run with all callbacks of the package at their defaults.
     """
     print(f"{'pipeline':<12} {'ratio (median, min, max)':<28} images / s")
     for name in pipelines or ["shapes-sd", "shapes-sd3"]:
-        with _quiet():
+        with _quiet(), TemporaryDirectory() as folder:
             module = DDPO(
                 DiffusionPolicy.from_pretrained(name),
                 Colorfulness(),
+                {"ShapesVerifier": ShapesVerifier(), "ShapesCLIP": ShapesCLIP()},
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 prompts_per_round=images_per_round,
@@ -118,14 +130,29 @@ def overhead(
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                callbacks=[recorder],
+                num_sanity_val_steps=0,
+                check_val_every_n_epoch=rounds + 2,  # rounds with a validation are not measured
+                callbacks=[*(_all_callbacks() if callbacks else []), recorder],
+                default_root_dir=folder,
             )
             prompts = PromptLoader(PromptFile("shapes-train"), 1, shuffle=True)
-            trainer.fit(module, module.experience(prompts))
+            held_out = PromptLoader(PromptFile("shapes-heldout")[:64], 64)
+            trainer.fit(module, module.experience(prompts), held_out)
         ratios = [a / b for a, b in zip(recorder.rounds, recorder.bare, strict=True)]
         shown = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f})"
         speed = images_per_round / statistics.median(recorder.rounds)
         print(f"{name:<12} {shown:<28} {speed:.1f}")
+
+
+def _all_callbacks() -> list[Callback]:
+    return [
+        AdapterEMA(),
+        InvariantsCallback(),
+        CrossRewardCallback(),
+        OveroptimizationStopping(),
+        SampleGallery(),
+        RNGStateCallback(),
+    ]
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class InvariantsCallback(Callback):
         different = [name for name, same in zip(weights, equal, strict=True) if not same]
         if different:
             raise InvariantError(
-                f"After round {trainer.current_epoch} {len(different)} of {len(weights)} trained "
+                f"After round {trainer.current_epoch}, {len(different)} of {len(weights)} trained "
                 f"tensors differ between processes: {_told(different)}. Something changes weights "
                 "outside the synchronised update, or outside what DistributedDataParallel wraps; "
                 "draw its randomness from a generator with the same seed on all processes."
@@ -198,9 +198,9 @@ def _default_tolerance(trainer: Trainer, module: LightningModule) -> float:
 
 def _check_finite(parameters: dict[str, nn.Parameter], step: int) -> None:
     gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-    if not gradients or bool(_size(gradients.values()).isfinite()):  # one wait for the device
+    if not gradients or bool(size_of(gradients.values()).isfinite()):  # one wait for the device
         return
-    guilty = [n for n, g in gradients.items() if not _size([g]).isfinite()]
+    guilty = [n for n, g in gradients.items() if not size_of([g]).isfinite()]
     modules = list(dict.fromkeys(map(_module_of, guilty)))
     raise InvariantError(
         f"Update {step + 1}: the gradients of {len(guilty)} of {len(gradients)} tensors are not "
@@ -219,7 +219,7 @@ def _check_modules(parameters: dict[str, nn.Parameter], idle: tuple[str, ...], s
         found = gradients.setdefault(_module_of(name), [])
         if parameter.grad is not None:
             found.append(parameter.grad)
-    reached = {name: _size(found) for name, found in gradients.items() if found}
+    reached = {name: size_of(found) for name, found in gradients.items() if found}
     if not reached:
         return
     nonzero = (torch.stack(list(reached.values())) != 0).tolist()
@@ -247,7 +247,7 @@ def _idle_by_design(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _size(gradients: Iterable[Tensor]) -> Tensor:
+def size_of(gradients: Iterable[Tensor]) -> Tensor:
     """Return the sum of absolute values, of whole tensors where they are sharded.
 
     Unlike the root of squares it is 0 for zeros only, and unlike the maximum it exists for a

@@ -55,6 +55,12 @@ class RewardModule(nn.Module, ABC):
             [B] float32; NaN where an image could not be scored.
         """
 
+    def train(self, mode: bool = True) -> RewardModule:
+        """Say whether scores are for training; networks inside stay in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        return self
+
     def statistics(self) -> dict[str, Tensor]:
         """Return what the reward learned from scores during training, for the checkpoint."""
         return {}

@@ -52,11 +52,6 @@ class WeightedReward(RewardModule):
         self.moments = torch.zeros(len(rewards), 3, dtype=torch.float64)
         self.eval()
 
-    def train(self, mode: bool = True) -> WeightedReward:
-        """Switch the statistics on or off; the terms stay in evaluation mode."""
-        self.training = mode
-        return self
-
     def forward(
         self,
         images: Tensor,

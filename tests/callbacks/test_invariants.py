@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_align.callbacks import InvariantError, InvariantsCallback
-from lit_align.callbacks.invariants import bit_hash
+from lit_align.callbacks.invariants import bit_hash, size_of
 from lit_align.rewards import Colorfulness, RewardModule
 from tests.algorithms.harness import fit, make_ddpo, make_trainer, prompt_loader
 
@@ -266,21 +266,27 @@ def test_lora_may_be_warmed_up_from_a_learning_rate_of_zero():
     assert checked_fit(module).global_step == 3
 
 
+def test_a_share_of_a_small_tensor_may_be_empty():
+    """FSDP2 splits rows; a process beyond the last one holds none."""
+    assert size_of([torch.zeros(0, 3), torch.tensor([-1.0, 1.0])]) == 2
+    assert size_of([torch.full((2,), 1e-30)]) > 0
+
+
 # Ranks.
 
 
 class Drifting(LightningModule):
-    """A linear layer whose weights one process may change on its own."""
+    """A linear layer whose weights one process changes on its own, from the second round on."""
 
-    def __init__(self, drift):
+    def __init__(self):
         super().__init__()
-        self.layer, self.drift = nn.Linear(4, 1), drift
+        self.layer = nn.Linear(4, 1)
 
     def training_step(self, batch):
         return self.layer(batch).square().mean()
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.drift and self.global_rank == 1:
+        if self.current_epoch == 1 and self.global_rank == 1:
             with torch.no_grad():
                 self.layer.weight[:, :2] = self.layer.weight[:, :2].flip(1)
 
@@ -288,16 +294,13 @@ class Drifting(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("drift", [True, False])
-def test_weights_that_differ_between_processes_are_told(drift):
-    trainer = make_trainer(strategy="ddp_spawn", devices=2, callbacks=[InvariantsCallback()])
-    batches = DataLoader(torch.randn(4, 4))
-    if drift:
-        with pytest.raises(Exception, match=r"1 of 2 trained tensors differ .*: layer\.weight\."):
-            trainer.fit(Drifting(drift), batches)
-    else:
-        trainer.fit(Drifting(drift), batches)
-        assert trainer.state.finished
+def test_weights_that_differ_between_processes_are_told():
+    trainer = make_trainer(
+        strategy="ddp_spawn", devices=2, max_epochs=3, callbacks=[InvariantsCallback()]
+    )
+    told = r"InvariantError: After round 1, 1 of 2 trained tensors differ .*: layer\.weight\."
+    with pytest.raises(Exception, match=told):
+        trainer.fit(Drifting(), DataLoader(torch.randn(4, 4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -1,6 +1,6 @@
 """Short runs on one process or two, and what they leave behind to be compared.
 
-    python -m tests.distributed.scenarios FOLDER       as one of two processes, see `launch`
+python -m tests.distributed.scenarios FOLDER       as one of two processes, see `launch`
 """
 
 import os

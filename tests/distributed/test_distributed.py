@@ -66,9 +66,7 @@ def test_two_processes_take_the_updates_of_one(folder, name):
     assert max((expected[k] - before[k]).abs().max() for k in before) > 100 * ATOL
     for rank in range(2):
         assert_near(left_by(folder, name, rank)["weights"], expected)
-    assert_near(
-        left_by(folder, name, 0)["weights"], left_by(folder, name, 1)["weights"], atol=0.0
-    )
+    assert_near(left_by(folder, name, 0)["weights"], left_by(folder, name, 1)["weights"], atol=0.0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

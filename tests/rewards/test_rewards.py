@@ -169,3 +169,19 @@ def test_weighted_flags_and_errors():
 def test_broken_rewards_are_named(value, error, message):
     with pytest.raises(error, match=f"Colorfulness must return .*{message}"):
         checked_scores(Colorfulness(), value, 3)
+
+
+def test_networks_of_a_reward_stay_in_evaluation_mode():
+    class Dropping(RewardModule):
+        def __init__(self):
+            super().__init__()
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def forward(self, images, prompts, metadata=None, group_ids=None):
+            return self.dropout(images).mean(dim=(1, 2, 3))
+
+    reward = Dropping().train()
+    assert reward.training
+    images = torch.ones(2, 3, 4, 4)
+    assert torch.equal(reward(images, ["", ""]), torch.ones(2))
+    assert not reward.eval().training
