@@ -96,9 +96,9 @@ class LitAlignCLI(LightningCLI):
             kwargs["logger"] = folder.loggers()
             _say(f"Run folder: {folder.path}")
         trainer: Any = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.insert(0, ResumeMetrics())
         if not any(isinstance(callback, RNGStateCallback) for callback in trainer.callbacks):
             trainer.callbacks.append(RNGStateCallback())
+        trainer.callbacks.append(ResumeMetrics())  # last: who refuses to resume does so before
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

@@ -240,7 +240,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             unfinished.unlink(missing_ok=True)
             free = shutil.disk_usage(path.parent).free / 1e6
             raise OSError(
-                f"The checkpoint {path} could not be written ({error}); {free:.0f} MB are free "
+                f"The checkpoint {path} could not be written ({error}); {free:.1f} MB are free "
                 "there. Checkpoints written earlier are whole: make room, then resume from one by "
                 "`--ckpt_path`."
             ) from error
@@ -272,7 +272,7 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{str(path)!r} ({path.stat().st_size} bytes) is damaged or no checkpoint "
-            f"({str(error).splitlines()[0]}).{others}"
+            f"({str(error)[:80].splitlines()[0]}...).{others}"
         ) from error
     return stored
 

@@ -4,12 +4,16 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lit_align.benchmarks import grid
 from lit_align.benchmarks.base_quality import score
-from lit_align.data.prompts import PromptFile
+from lit_align.data.prompts import PromptFile, PromptLoader
+from lit_align.functional.noise import sample_generators
+from lit_align.metrics import FrechetDistance
 from lit_align.policies import DiffusionPolicy
+from lit_align.rewards import ShapesCLIP
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -30,6 +34,22 @@ def test_base_pipelines_leave_room_to_improve(name):
     assert alone - compositions(by_steps[20]) >= 0.10
     means = [compositions(by_steps[steps]) for steps in (3, 5, 10)]
     assert means == sorted(means)
+
+
+def test_fid_of_the_base_model_against_itself_is_near_zero():
+    """Two draws of 384 images: what a distance of 0 looks like with so many."""
+    policy, clip = DiffusionPolicy.from_pretrained("shapes-sd", train="none"), ShapesCLIP()
+    distance = FrechetDistance(num_features=64, embedder=clip.embed_images)
+    for purpose, real in (("val", True), ("other", False)):
+        for batch in PromptLoader(PromptFile("shapes-heldout")[:384], 64):
+            generators = sample_generators(purpose, 0, 0, batch.positions.tolist())
+            sampled = policy.sample(
+                policy.encode_prompt(batch.prompts), num_inference_steps=8, guidance_scale=1.0,
+                generator=generators, stochastic_steps=(),
+            )  # fmt: skip
+            with torch.no_grad():
+                distance.update(policy.decode(sampled.latents[:, -1]), real=real)
+    assert 0 < float(distance.compute()) < 0.02
 
 
 def curves(name):
@@ -63,3 +83,5 @@ def test_colorfulness_is_over_optimised():
     unit = statistics.mean(rows[0]["val/reward_std/Colorfulness"] for rows in seeds)
     assert min(gains(seeds, "Colorfulness")) >= 0.6 * unit
     assert max(gains(seeds, "ShapesVerifier")) <= -0.05
+    for rows in seeds:  # the distance from the base model grows along the run
+        assert rows[1]["val/fid"] < 0.05 < 0.3 < rows[-1]["val/fid"]

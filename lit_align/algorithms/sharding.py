@@ -32,7 +32,8 @@ def shard(module: LightningModule, policy: DiffusionPolicy) -> None:
     Raises:
         ValueError: If the strategy also splits tensors, or a trainable tensor cannot be sharded.
     """
-    strategy = module.trainer.strategy
+    # `load_from_checkpoint` configures a module that has no trainer.
+    strategy = module._trainer.strategy if module._trainer else None
     if not isinstance(strategy, ModelParallelStrategy):
         return
     mesh: Any = strategy.device_mesh
@@ -119,9 +120,10 @@ def name_optimizer_states(module: LightningModule, checkpoint: dict[str, Any]) -
     names = {parameter: name for name, parameter in module.named_parameters()}
     sharded = isinstance(module.trainer.strategy, ModelParallelStrategy)
     states = checkpoint.get("optimizer_states", [])
-    for number, (optimizer, state) in enumerate(zip(module.trainer.optimizers, states)):
+    for number, state in enumerate(states):
         if not state:  # under FSDP2 only the first process holds the states
             continue
+        optimizer = module.trainer.optimizers[number]
         groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         numbered = list(names.values()) if sharded else list(chain.from_iterable(groups))
         states[number] = {

@@ -242,10 +242,11 @@ class CrossRewardCallback(Callback):
         return logs
 
     def _draw(self, trainer: Trainer) -> None:
-        if self.generalization is None or not trainer.is_global_zero or trainer.log_dir is None:
+        folder = trainer.log_dir  # on every process: the first one tells the others
+        if self.generalization is None or not trainer.is_global_zero or folder is None:
             return
         figure = draw_generalization(self.generalization)
-        figure.savefig(Path(trainer.log_dir, "generalization.png"))
+        figure.savefig(Path(folder, "generalization.png"))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("generalization", figure, trainer.global_step)
@@ -258,6 +259,7 @@ class CrossRewardCallback(Callback):
         if self._validated_step != trainer.global_step or self._current is None:
             # The last round was not validated; on every process, as they sample in step.
             self._current = evaluation.evaluate(trainer, pl_module, self._embed).finish()
+        folder = trainer.log_dir  # on every process, as in `_draw`
         if not trainer.is_global_zero:
             return
         rows = [
@@ -268,10 +270,10 @@ class CrossRewardCallback(Callback):
         table = _markdown([_HEADER, *rows])
         count = len(self.base.scores)
         print(f"\nBase -> aligned on {count} held-out images, same prompts and noise:\n\n{table}")
-        if trainer.log_dir:
-            Path(trainer.log_dir, "summary.md").write_text(table + "\n", encoding="utf-8")
+        if folder:
+            Path(folder, "summary.md").write_text(table + "\n", encoding="utf-8")
             if self.generalization is not None:
-                _write_summary(self.generalization, Path(trainer.log_dir, "generalization.csv"))
+                _write_summary(self.generalization, Path(folder, "generalization.csv"))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base model's measurements and the trajectory."""

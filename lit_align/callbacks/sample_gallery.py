@@ -51,12 +51,13 @@ class SampleGallery(Callback):
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, AlignmentModule)
-        if self.base is None or trainer.log_dir is None:
+        folder = trainer.log_dir  # on every process: the first one tells the others
+        if self.base is None or folder is None:
             return
         current = self._sample(trainer, module)  # on every process: they sample in step
         if not trainer.is_global_zero:
             return
-        self.path = Path(trainer.log_dir, "samples", f"round_{self._rounds:04d}.png")
+        self.path = Path(folder, "samples", f"round_{self._rounds:04d}.png")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = {"base": self.base, f"round {self._rounds}": current}
         figure = draw_rows(rows, first_prompts(module, self.num_prompts).prompts)

@@ -325,7 +325,8 @@ class DiffusionPolicy(nn.Module, ABC):
         else:
             # Also in the dtype that `precision: bf16-true` gave to the trained weights.
             # diffusers' own `to` warns of a cast that is meant.
-            frozen = nn.Module.to(self._reference, self.device, self.denoiser.dtype)
+            dtype = next(self.denoiser.parameters()).dtype
+            frozen = nn.Module.to(self._reference, self.device, dtype)
             trained, self.denoiser = self.denoiser, frozen
             try:
                 yield
@@ -342,7 +343,7 @@ class DiffusionPolicy(nn.Module, ABC):
         a bound from above on that of the images. NaN where the step has no density.
         """
         self.scheduler.set_timesteps(trajectory.num_inference_steps, self.device)
-        count, steps = trajectory.log_probs.shape
+        count = len(trajectory)
         everyone = torch.arange(count, device=trajectory.log_probs.device)
         unweighted = trajectory.log_probs.new_zeros(count)
         recorded = trajectory.replace(advantages=unweighted, weights=unweighted)

@@ -3,6 +3,7 @@
 python -m tests.distributed.scenarios FOLDER       as one of two processes, see `launch`
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lit_align.algorithms import DDPO
 from lit_align.algorithms.sharding import whole
+from lit_align.callbacks import CrossRewardCallback, SampleGallery
 from lit_align.rewards import Colorfulness
 from tests.algorithms.harness import make_ddpo, make_trainer, prompt_loader
 from tests.conftest import tiny_policy
@@ -121,6 +124,25 @@ def run(
     return trainer
 
 
+def watch(folder, name, strategy=None):
+    """Train with what a run of the command line has around it: loggers, validation, callbacks."""
+    processes = 1 if strategy is None else 2
+    rank = int(os.environ["LOCAL_RANK"]) if processes > 1 else 0
+    dealt = {"rank": rank, "world_size": processes}
+    module = make_ddpo("sd3", rollout_batch_size=4, minibatch_size=8 // processes)
+    trainer = make_trainer(
+        devices=processes,
+        strategy="auto" if strategy is None else fsdp2(),
+        logger=CSVLogger(folder, name, version=0),
+        callbacks=[CrossRewardCallback(), SampleGallery(num_prompts=2, every_n_rounds=1)],
+    )
+    validation = prompt_loader(shuffle=False, **dealt)
+    trainer.fit(module, module.experience(prompt_loader(**dealt)), validation)
+    (folder / f"{name}-{rank}.json").write_text(
+        json.dumps({n: float(v) for n, v in trainer.callback_metrics.items()})
+    )
+
+
 def fsdp2():
     return ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
@@ -135,6 +157,7 @@ def references(folder):
     """What one process makes of it."""
     for family in FAMILIES:
         run(folder, f"{family}-one", family)
+    watch(folder, "watched-one")
 
 
 def both(folder):
@@ -149,6 +172,7 @@ def both(folder):
         run(folder, f"sd3-{strategy}-accumulated", "sd3", strategy, accumulate=2, rounds=1)
     run(folder, "frozen-bf16", "sd3", "fsdp2", rounds=1, precision="bf16-mixed", **FROZEN_BF16)
     run(folder, "all-bf16", "sd3", "fsdp2", rounds=1, precision="bf16-true")
+    watch(folder, "watched-fsdp2", "fsdp2")
     trainer = make_trainer(devices=2, strategy=ModelParallelStrategy())  # "auto": tensor parallel
     with pytest.raises(ValueError, match="data parallelism only") as refused:
         trainer.fit(make_ddpo("sd3", rollout_batch_size=4), prompt_loader())

@@ -1,10 +1,15 @@
 """Two processes take the updates of one with batches twice as large, by DDP and by FSDP2."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from lit_align.algorithms.sharding import check_sharded
+from lit_align.data.prompts import PromptDataModule, PromptLoader
 from tests.distributed.scenarios import (
     FAMILIES,
     ROUNDS,
@@ -123,6 +128,40 @@ def test_fsdp2_casts_the_denoiser_but_no_critic_to_bfloat16(folder):
     for name, weight in weights.items():
         expected = torch.float32 if name.startswith("critic") else torch.bfloat16
         assert weight.dtype == expected, name
+
+
+def test_validation_and_callbacks_agree_with_one_process(folder):
+    expected = json.loads((folder / "watched-one-0.json").read_text())
+    compared = [name for name in expected if name.startswith(("val/reward", "rollout/", "train/"))]
+    assert {"val/reward/gold", "train/grad_norm", "rollout/reward/Colorfulness"} <= set(compared)
+    for rank in range(2):
+        measured = json.loads((folder / f"watched-fsdp2-{rank}.json").read_text())
+        for name in compared:
+            assert measured[name] == pytest.approx(expected[name], abs=ATOL), name
+    for name in ("watched-one", "watched-fsdp2"):
+        written = {path.name for path in (folder / name / "version_0").rglob("*")}
+        assert {"metrics.csv", "summary.md", "round_0001.png"} <= written
+
+
+def test_prompts_that_cannot_be_dealt_out_evenly_are_refused():
+    prompts = [("a red circle", None)] * 9
+    assert len(PromptLoader(prompts, 2, world_size=3)) == 2
+    assert len(PromptLoader(prompts, 2, shuffle=True, world_size=2)) == 2
+    with pytest.raises(ValueError, match=r"9 prompts .* to 2 processes; set `val_size: 8`"):
+        PromptLoader(prompts, 2, world_size=2)
+    with pytest.raises(ValueError, match="16 processes; give a file with a multiple of 16"):
+        PromptLoader(prompts, 2, world_size=16)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_uneven_prompts_are_refused_before_any_work(stage):
+    trainer = SimpleNamespace(global_rank=0, world_size=2)
+    Path("prompts.txt").write_text("a red circle\na square\na triangle\n")
+    data = PromptDataModule("shapes-train", "prompts.txt")
+    data.setup(stage)
+    data.trainer = trainer
+    with pytest.raises(ValueError, match="3 prompts cannot be dealt out evenly to 2 processes"):
+        data.setup(stage)
 
 
 def test_a_trainable_tensor_left_whole_is_named():

@@ -58,7 +58,8 @@ def test_scores_are_those_of_the_reward():
     ],
 )
 def test_failures_name_the_reward_and_the_prompts(reward, what, timeout):
-    told = f"{reward.name} failed for 4 image.* of the prompts 'a red circle', .*'a triangle', .*{what}"
+    prompts = "'a red circle', 'a blue square', 'a triangle', ..."
+    told = f"{reward.name} failed for 4 image.* of the prompts {prompts}: {what}"
     with pytest.raises(RewardError, match=told):
         call_reward(reward, IMAGES, BATCH, timeout)
 
