@@ -272,7 +272,7 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{str(path)!r} ({path.stat().st_size} bytes) is damaged or no checkpoint "
-            f"({str(error)[:80].splitlines()[0]}...).{others}"
+            f"({type(error).__name__}: {str(error)[:80]}).{others}"
         ) from error
     return stored
 

@@ -15,6 +15,7 @@ from lit_align.data.prompts import PromptFile
 from lit_align.policies.adapters import LORA_FILE
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import uint8_images
+from lit_align.run_folder import read_checkpoint
 
 Weights = Literal["trained", "ema"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,11 +30,9 @@ def load_module(ckpt_path: str, weights: Weights = "trained") -> LightningModule
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the checkpoint was made from Python objects, or holds no average.
+        ValueError: If the file is damaged, was made from Python objects, or holds no average.
     """
-    if not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"There is no checkpoint {ckpt_path!r}.")
-    stored = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+    stored = read_checkpoint(ckpt_path)
     if "_instantiator" not in stored.get("hyper_parameters", {}):
         raise ValueError(
             f"{ckpt_path!r} was made in Python and does not know its policy; load it by "

@@ -4,7 +4,8 @@ Prompts are dealt to lanes, and lanes to processes: prompt i of a round lies in 
 L the largest divisor of `prompts_per_round` up to 64, and lane l on process l mod W. The training
 order takes one sample of each lane in turn. So any W processes with W dividing L see together, in
 each of their minibatches, exactly the samples that one process with minibatches W times as large
-sees, and take the same update.
+sees, and take the same update. In "sample_major" order this asks for updates of whole samples: the
+pairs of a process's update must be a multiple of the trained steps.
 """
 
 from __future__ import annotations
