@@ -23,7 +23,7 @@ def test_versions_count_up_and_are_found_again(tmp_path):
     first, second = RunFolder.new(str(tmp_path), "a"), RunFolder.new(str(tmp_path), "a")
     assert [first.version, second.version] == [0, 1]
     assert RunFolder.new(str(tmp_path), "b").version == 0
-    checkpoint = second.path / "checkpoints" / "x.ckpt"
+    checkpoint = second.path.absolute() / "checkpoints" / "x.ckpt"
     checkpoint.parent.mkdir()
     checkpoint.touch()
     found = RunFolder.of_checkpoint(str(checkpoint))

@@ -135,9 +135,8 @@ def overhead(
                 callbacks=[*(_all_callbacks() if callbacks else []), recorder],
                 default_root_dir=folder,
             )
-            prompts = PromptLoader(PromptFile("shapes-train"), 1, shuffle=True)
-            held_out = PromptLoader(PromptFile("shapes-heldout")[:64], 64)
-            trainer.fit(module, module.experience(prompts), held_out)
+            prompts = module.experience(PromptLoader(PromptFile("shapes-train"), 1, shuffle=True))
+            trainer.fit(module, prompts, PromptLoader(PromptFile("shapes-heldout")[:64], 64))
         ratios = [a / b for a, b in zip(recorder.rounds, recorder.bare, strict=True)]
         shown = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f})"
         speed = images_per_round / statistics.median(recorder.rounds)
