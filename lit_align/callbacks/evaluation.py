@@ -119,25 +119,39 @@ def diversity(
     return found
 
 
-@torch.no_grad()
 def path_kl(trainer: Trainer, module: AlignmentModule, num_prompts: int) -> float:
     """Return the divergence of the sampling path from the pretrained model's, in nats.
 
-    The mean over samples of the sum over stochastic steps, see `DiffusionPolicy.kl_to_reference`;
-    NaN for a sampler without stochastic steps.
+    The mean over samples; NaN for a sampler without stochastic steps.
     """
-    policy, batch = module.policy, first_prompts(module, num_prompts, share=True)
+    batch = first_prompts(module, num_prompts, share=True)
+    divergences = path_divergences(trainer, module, batch, "kl")
+    return float(module.gathered(divergences).double().mean())
+
+
+@torch.no_grad()
+def path_divergences(
+    trainer: Trainer, module: AlignmentModule, batch: PromptBatch, purpose: str
+) -> Tensor:
+    """Sample as in training; return the sum over steps [B] of `DiffusionPolicy.kl_to_reference`.
+
+    Args:
+        trainer: Its precision is that of a rollout.
+        module: Names the sampler's options.
+        batch: B prompts.
+        purpose: Keys the noise.
+    """
+    policy = module.policy
     with trainer.precision_plugin.forward_context():
         trajectory = policy.sample(
             policy.encode_prompt(batch.prompts),
             num_inference_steps=module.num_inference_steps,
             guidance_scale=module.guidance_scale,
-            generator=sample_generators("kl", module.seed, 0, batch.positions.tolist()),
+            generator=sample_generators(purpose, module.seed, 0, batch.positions.tolist()),
         )
-        if not len(policy.scheduler.density_steps):
-            return float("nan")
-        divergence = policy.kl_to_reference(trajectory)
-    return float(module.gathered(divergence.nansum(dim=1)).double().mean())
+        divergence = policy.kl_to_reference(trajectory)  # NaN where a step has no density
+    has_density = bool(len(policy.scheduler.density_steps))
+    return divergence.nansum(dim=1) if has_density else divergence.mean(dim=1)
 
 
 def first_prompts(module: AlignmentModule, count: int, share: bool = False) -> PromptBatch:

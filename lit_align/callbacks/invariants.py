@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_align.algorithms.base import AlignmentModule
+from lit_align.callbacks.evaluation import path_divergences
 from lit_align.callbacks.rng_state import undisturbed_rng
-from lit_align.functional.noise import keyed_generator, sample_generators
+from lit_align.functional.noise import keyed_generator
 from lit_align.rewards.base import RewardModule
 from lit_align.rewards.scoring import RewardError
 from lit_align.trajectory import PromptBatch
@@ -170,16 +171,10 @@ def _check_start(trainer: Trainer, module: AlignmentModule, batch: PromptBatch) 
     policy = module.policy
     if policy.train_mode != "lora" and policy._reference is None:
         return
+    if not len(policy.scheduler.density_steps):
+        return
     batch = batch.select(torch.arange(min(2, len(batch)))).to(module.device)
-    with trainer.precision_plugin.forward_context():
-        trajectory = policy.sample(
-            policy.encode_prompt(batch.prompts),
-            num_inference_steps=module.num_inference_steps,
-            guidance_scale=module.guidance_scale,
-            generator=sample_generators("invariants", module.seed, 0, batch.positions.tolist()),
-        )
-        steps = policy.kl_to_reference(trajectory)
-    kl = float(steps.nansum(dim=1).max())  # NaN is right where a step has no density
+    kl = float(path_divergences(trainer, module, batch, "invariants").max())
     if not kl <= _KL_AT_START:
         raise InvariantError(
             f"Before the first update the policy is {kl:.3g} nats from the pretrained model (at "

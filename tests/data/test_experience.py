@@ -187,6 +187,29 @@ def test_state_resumes_in_the_middle_of_a_round(served):
     assert resumed.collector.collected == ([1] if served > 0 else [0, 1])
 
 
+def test_a_round_in_progress_continues_on_two_processes():
+    def seen(minibatch):
+        positions = minibatch.conditioning["prompt_embeds"][:, 0].tolist()
+        return set(zip(positions, minibatch.timesteps.tolist(), strict=True))
+
+    whole = make_loader()
+    iterator = iter(whole)
+    for _ in range(3):
+        next(iterator)
+    state = whole.state_dict()
+    parts = []
+    for rank in range(2):
+        plan = make_plan(minibatch_size=6, rank=rank, world_size=2)
+        part = ExperienceLoader(FakeCollector(plan), PromptLoader(PROMPTS, 1, shuffle=True))
+        part.load_state_dict(state)
+        parts.append([seen(minibatch) for minibatch in part])
+    rest = [seen(minibatch) for minibatch in iterator]
+    assert len(rest) == 5
+    for expected, left, right in zip(rest, *parts, strict=True):
+        assert left | right == expected
+        assert len(left) + len(right) == len(expected)
+
+
 def test_a_minibatch_in_flight_is_yielded_again():
     loader, resumed = make_loader(), make_loader()
     iterator = iter(loader)
