@@ -31,8 +31,8 @@ _STYLES: Sequence[Any] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1,
 _FORMATS = {
     "reward queries": ".0f",
     "diversity": ".2f",
-    "FID": ".1f",
-    "KL": ".3f",
+    "FID": ".3g",
+    "KL": ".3g",
     "seconds": ".2f",
 }
 
