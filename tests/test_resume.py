@@ -124,10 +124,15 @@ def fit(name, *words):
     return Path("runs", name, "version_0")
 
 
-def test_every_checkpoint_of_a_run_continues_it_exactly():
-    """Saved after each step, in the middle of rounds and at what would be their last update."""
-    saver = {"save_last": True, "save_top_k": -1, "every_n_train_steps": 1}
-    Path("config.yaml").write_text(yaml.safe_dump(configuration(saver, rounds=2)))
+@pytest.mark.parametrize("when", ["after each step", "after each validation"])
+def test_every_checkpoint_of_a_run_continues_it_exactly(when):
+    """Saved in the middle of rounds and at what would be their last update."""
+    saver = {"save_last": True, "save_top_k": -1}
+    steps = when == "after each step"
+    saver |= {"every_n_train_steps": 1} if steps else {"save_on_train_epoch_end": False}
+    config = configuration(saver, rounds=2)
+    config["trainer"] |= {} if steps else {"val_check_interval": 1}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
     whole = fit("whole")
     rows = [row for row in metrics(whole) if row["val/reward/verifier"]]
     assert rows[0]["val/reward/verifier"] != rows[-1]["val/reward/verifier"]  # it learns something
