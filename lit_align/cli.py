@@ -18,16 +18,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_align import algorithms, callbacks, policies, rewards, schedulers, verbs
 from lit_align.algorithms.base import FSDP_MESSAGE
 from lit_align.callbacks import RNGStateCallback
+from lit_align.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from lit_align.comparison import compare
 from lit_align.data import image_text, prompts
-from lit_align.run_folder import (
-    AtomicCheckpointIO,
-    ResumeMetrics,
-    RunFolder,
-    SaveRunConfig,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from lit_align.run_folder import ResumeMetrics, RunFolder, SaveRunConfig, newest_checkpoint
 
 NAMED = (algorithms, callbacks, image_text, policies, prompts, rewards, schedulers)
 VERBS: dict[str, Any] = {

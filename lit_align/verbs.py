@@ -11,11 +11,11 @@ from PIL import Image
 
 from lit_align.algorithms.base import AlignmentModule
 from lit_align.callbacks.ema import stored_average
+from lit_align.checkpoint_io import read_checkpoint
 from lit_align.data.prompts import PromptFile
 from lit_align.policies.adapters import LORA_FILE
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import uint8_images
-from lit_align.run_folder import read_checkpoint
 
 Weights = Literal["trained", "ema"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
