@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from lit_align.benchmarks import base_quality, grid, overhead
+from lit_align.callbacks import OveroptimizationStopping
 from tests.conftest import tiny_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
@@ -93,3 +94,40 @@ def test_committed_tables_follow_from_the_committed_results():
         summary = grid.summarise(curves, listed["runs"])
         assert (results / "summary.md").read_text() == summary
         assert summary in (path.parent / "README.md").read_text()
+
+
+def trajectory(rows, target):
+    """Return what OveroptimizationStopping saw of a committed run, and the held-out names."""
+    held_out = [n for n in ("Colorfulness", "ShapesCLIP", "ShapesVerifier") if n != target]
+
+    def gains(name):
+        first = rows[0][f"val/reward/{name}"]
+        return [(r[f"val/reward/{name}"] - first) / rows[0][f"val/reward_std/{name}"] for r in rows]
+
+    return tuple(held_out), {
+        "gain": torch.tensor(gains(target)),
+        "held_out_gains": torch.tensor([gains(name) for name in held_out]).T,
+        "diversity": torch.tensor([row["val/diversity"] for row in rows]),
+    }
+
+
+def test_committed_results_show_over_optimisation_and_its_absence():
+    results = ROOT / "configs" / "ddpo" / "results"
+    stopped, slopes = {}, {}
+    for run, target in (
+        ("colorfulness_shapes-sd", "Colorfulness"),
+        ("verifier_shapes-sd3", "ShapesVerifier"),
+    ):
+        seeds = grid._read_all(results, run, [0, 1, 2])
+        slopes[run] = [rows[-1]["val/generalization/ShapesCLIP"] for rows in seeds]
+        for seed, rows in enumerate(seeds):
+            reasons = []
+            for length in range(1, len(rows) + 1):
+                held_out, points = trajectory(rows[:length], target)
+                reasons.append(OveroptimizationStopping().judge(target, held_out, points))
+            at = next((r["reward_queries"] for r, reason in zip(rows, reasons, strict=True)
+                       if reason), None)  # fmt: skip
+            stopped[run, seed] = at
+    assert max(slopes["colorfulness_shapes-sd"]) < 0 < 1 < min(slopes["verifier_shapes-sd3"])
+    assert [stopped["colorfulness_shapes-sd", s] for s in range(3)] == [2240, 1600, 1920]
+    assert [stopped["verifier_shapes-sd3", s] for s in range(3)] == [None] * 3
