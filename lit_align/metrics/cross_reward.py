@@ -317,9 +317,13 @@ def gao_fit(
     nan = distance.new_tensor(torch.nan)
     if len(distance.unique()) < 2:
         return nan, nan, nan
-    second = distance * (distance.log() if form == "rl" else distance)
-    terms = torch.stack([distance, -second], dim=1)
-    alpha, beta = torch.linalg.lstsq(terms, score[:, None]).solution[:, 0]
+    first, second = distance, -distance * (distance.log() if form == "rl" else distance)
+    # The normal equations by hand: LAPACK's last digits depend on where tensors lie in memory, and
+    # a resumed run is to write what the first would have.
+    a, b, c = (first * first).sum(), (first * second).sum(), (second * second).sum()
+    p, q = (first * score).sum(), (second * score).sum()
+    determinant = a * c - b * b
+    alpha, beta = (c * p - b * q) / determinant, (a * q - b * p) / determinant
     peak = (alpha / beta - 1).exp() if form == "rl" else alpha / (2 * beta)
     return alpha, beta, peak if beta > 0 else nan
 
