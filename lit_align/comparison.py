@@ -32,7 +32,7 @@ _FORMATS = {
     "reward queries": ".0f",
     "diversity": ".2f",
     "FID": ".3g",
-    "KL": ".3g",
+    "KL": ".1f",
     "seconds": ".2f",
 }
 

@@ -116,6 +116,7 @@ def test_committed_results_show_over_optimisation_and_its_absence():
     stopped, slopes = {}, {}
     for run, target in (
         ("colorfulness_shapes-sd", "Colorfulness"),
+        ("verifier_shapes-sd", "ShapesVerifier"),
         ("verifier_shapes-sd3", "ShapesVerifier"),
     ):
         seeds = grid._read_all(results, run, [0, 1, 2])
@@ -128,6 +129,8 @@ def test_committed_results_show_over_optimisation_and_its_absence():
             at = next((r["reward_queries"] for r, reason in zip(rows, reasons, strict=True)
                        if reason), None)  # fmt: skip
             stopped[run, seed] = at
-    assert max(slopes["colorfulness_shapes-sd"]) < 0 < 1 < min(slopes["verifier_shapes-sd3"])
+    assert max(slopes["colorfulness_shapes-sd"]) < 0
+    assert min(slopes["verifier_shapes-sd"] + slopes["verifier_shapes-sd3"]) > 0.5
     assert [stopped["colorfulness_shapes-sd", s] for s in range(3)] == [2240, 1600, 1920]
-    assert [stopped["verifier_shapes-sd3", s] for s in range(3)] == [None] * 3
+    others = [at for (run, _), at in stopped.items() if run.startswith("verifier")]
+    assert others == [None] * 6
