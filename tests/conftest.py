@@ -13,6 +13,9 @@ import torch
 from lit_align.policies import SD3Policy, StableDiffusionPolicy
 from lit_align.policies.blueprints import build_shapes_sd, build_shapes_sd3
 
+# Results must not depend on how many cores there are, and the networks are too small to share.
+torch.set_num_threads(1)
+
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -18,7 +18,8 @@ def run(folder, words, moment=None, number=None):
     os.chdir(folder)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    sys.stdout = sys.stderr = Path("output.txt").open("a")  # noqa: SIM115  (until it dies)
+    name = words[words.index("--name") + 1]
+    sys.stdout = sys.stderr = Path(f"{name}.txt").open("a")  # noqa: SIM115  (until it dies)
     counts = {"rollout": 0, "update": 0, "save": 0}
 
     def happens(what):
@@ -42,7 +43,7 @@ def run(folder, words, moment=None, number=None):
             file.seek(0)
             file.truncate()
         save(checkpoint, file, *args, **kwargs)
-        with Path("saves.jsonl").open("a") as listed:
+        with Path(f"{name}.jsonl").open("a") as listed:
             listed.write(json.dumps(counts) + "\n")
 
     DiffusionPolicy.predict, torch.save = counted_predict, counted_save
