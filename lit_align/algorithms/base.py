@@ -168,7 +168,8 @@ class AlignmentModule(LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient, before clipping."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        trained = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in trained if p.grad is not None]
         self.log("train/grad_norm", whole(nn.utils.get_total_norm(gradients)))
 
     @torch.no_grad()

@@ -48,6 +48,8 @@ class AdapterEMA(Callback):
         self.start_step = start_step
         self.evaluate = evaluate
         self.average: dict[str, Tensor] = {}
+        self._weights: dict[str, nn.Parameter] = {}
+        self._sharded: list[FSDPModule] = []
         self._trained: dict[str, Tensor] = {}  # the trained weights while the average is in place
         self._step = 0
 
@@ -59,9 +61,11 @@ class AdapterEMA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the weights, or lay a restored average out as the weights are."""
         self._step = trainer.global_step
+        # Found once: walking the module at every step takes longer than the update.
+        self._weights = _trainable(pl_module)
+        self._sharded = [part for part in pl_module.modules() if isinstance(part, FSDPModule)]
         if self.average:
-            weights = _trainable(pl_module)
-            self.average = {n: _laid_out(a, weights[n]) for n, a in self.average.items()}
+            self.average = {n: _laid_out(a, self._weights[n]) for n, a in self.average.items()}
         elif self._step >= self.start_step:
             self._start(pl_module)
 
@@ -80,7 +84,9 @@ class AdapterEMA(Callback):
         if not self.average:
             self._start(pl_module)
         elif (self._step - self.start_step) % self.every_n_steps == 0:
-            for name, weight in _trainable(pl_module).items():
+            for part in self._sharded:
+                part.reshard()  # see `_trainable`
+            for name, weight in self._weights.items():
                 self.average[name].mul_(self.decay).add_(weight.detach(), alpha=1 - self.decay)
 
     def _start(self, module: nn.Module) -> None:

@@ -50,6 +50,7 @@ class InvariantsCallback(Callback):
         self.ratio_tolerance = ratio_tolerance
         self.check_rewards = check_rewards
         # A round that is continued in its middle is not called a new one, and is not on-policy.
+        self._named: list[tuple[str, nn.Parameter]] = []  # walking the module takes longer
         self._new_round = False
         self._round_step = 0
         self._modules_checked = False
@@ -57,6 +58,7 @@ class InvariantsCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the rewards, and at a fresh start the policy."""
+        self._named = list(pl_module.named_parameters())
         self._modules_checked = False
         self._moved = trainer.global_step > 0
         if not isinstance(pl_module, AlignmentModule):
@@ -78,7 +80,7 @@ class InvariantsCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Check the gradients."""
-        parameters = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
+        parameters = {n: p for n, p in self._named if p.requires_grad}
         # With a loss scale, steps with infinite gradients are part of the game, and skipped.
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             _check_finite(parameters, trainer.global_step)
