@@ -188,7 +188,7 @@ def _pending_row(trainer: Trainer) -> dict[str, Any] | None:
     loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
     batches: Any = loop.batch_progress.current
     rounds: Any = trainer.fit_loop.epoch_progress.current
-    if not trainer.training or connector.trainer._results is None:
+    if not trainer.training:  # a validation's row is written before its checkpoint
         return None
     within_batch = batches.completed < batches.processed
     if within_batch and (loop._should_accumulate() or not connector.should_update_logs):

@@ -116,7 +116,7 @@ class OveroptimizationStopping(Callback):
         return {"reason": self.reason}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Restore what was seen, unless the resumed run is meant to go on."""
+        """Restore what was seen: a run that is resumed all the same is not stopped for it again."""
         self.reason = state_dict["reason"]
 
 
