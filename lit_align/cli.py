@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 # Importing them registers the short names of their classes.
 from lit_align import algorithms, callbacks, policies, rewards, schedulers, verbs
-from lit_align.algorithms.base import FSDP_MESSAGE
+from lit_align.algorithms.sharding import FSDP_MESSAGE
 from lit_align.callbacks import RNGStateCallback
 from lit_align.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from lit_align.comparison import compare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -102,6 +102,21 @@ class PromptBatch(Record):
 
 
 @dataclass(frozen=True)
+class PairBatch(Record):
+    """B image-text pairs.
+
+    Attributes:
+        images: [B, 3, H, W] in [0, 1].
+        prompts: B texts.
+        positions: [B] int64, the pair's place in the stream; with the seed it decides the noise.
+    """
+
+    images: Tensor
+    prompts: list[str]
+    positions: Tensor
+
+
+@dataclass(frozen=True)
 class Trajectory(Record):
     """B sampled trajectories of T denoising steps.
 
@@ -115,8 +130,10 @@ class Trajectory(Record):
         batch: The prompts the samples answer.
         images: [B, 3, H, W] in [0, 1], dropped once scored.
         rewards: [B] float32, NaN where an image could not be scored.
-        advantages: [B] float32.
-        weights: [B] float32, 0 for samples that must not count in the loss.
+        advantages: [B] float32, or [B, T] if every step has its own.
+        weights: As the advantages; 0 for what must not count in the loss.
+        predicted: [B, T, ...] clean latents that each step's network output implies, if kept.
+        extras: What a method adds, each [B, T, ...]; of each step it is the transition's.
     """
 
     latents: Tensor
@@ -130,6 +147,8 @@ class Trajectory(Record):
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     weights: Tensor | None = None
+    predicted: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def transitions(self, samples: Tensor, steps: Tensor) -> Transition:
         """Return the flat batch of (sample, step) pairs.
@@ -143,16 +162,21 @@ class Trajectory(Record):
         """
         if self.advantages is None or self.weights is None:
             raise ValueError("`advantages` and `weights` must be set before minibatches are cut.")
+
+        def of_pairs(values: Tensor) -> Tensor:
+            return values[samples] if values.ndim == 1 else values[samples, steps]
+
         return Transition(
             latents=self.latents[samples, steps],
             next_latents=self.latents[samples, steps + 1],
             timesteps=self.timesteps[samples, steps],
             old_log_prob=self.log_probs[samples, steps],
-            advantages=self.advantages[samples],
-            weights=self.weights[samples],
+            advantages=of_pairs(self.advantages),
+            weights=of_pairs(self.weights),
             conditioning={key: value[samples] for key, value in self.conditioning.items()},
             guidance_scale=self.guidance_scale,
             num_inference_steps=self.num_inference_steps,
+            extras={key: value[samples, steps] for key, value in self.extras.items()},
         )
 
 
@@ -170,6 +194,8 @@ class Transition(Record):
         conditioning: Text embeddings, each [N, ...].
         guidance_scale: Weight of classifier-free guidance.
         num_inference_steps: The schedule's timetable.
+        extras: What a method adds, each [N, ...].
+        pairs: Image-text pairs to learn from beside.
     """
 
     latents: Tensor
@@ -181,3 +207,5 @@ class Transition(Record):
     conditioning: dict[str, Tensor]
     guidance_scale: float
     num_inference_steps: int
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    pairs: PairBatch | None = None

@@ -12,7 +12,7 @@ FLOOR_1 = {"schedulers", "rewards", "metrics", "data"}
 ABOVE = {"cli", "comparison", "run_folder", "checkpoint_io", "run_groups", "verbs", "benchmarks",
          "__main__"}  # floor 5: everything  # fmt: skip
 BASES = {"schedulers.base", "policies.base", "rewards.base", "rewards.scoring", "data.experience",
-         "data.planner"}  # fmt: skip
+         "data.planner", "data.image_text"}  # fmt: skip
 
 # Inside the package: what each folder may import besides itself, by prefix.
 INSIDE = {
@@ -32,7 +32,7 @@ OUTSIDE = {
     "schedulers": {"torch", "diffusers"},
     "rewards": {"torch", "transformers", "open_clip", "PIL"},
     "metrics": {"torch", "torchmetrics"},
-    "data": {"torch", "numpy", "lightning"},
+    "data": {"torch", "numpy", "PIL", "lightning"},
     "policies": {"torch", "diffusers", "transformers", "peft"},
     "algorithms": {"torch", "lightning", "torchmetrics", "tqdm"},
     "callbacks": {"torch", "lightning", "matplotlib", "numpy"},

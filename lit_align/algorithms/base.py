@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_align.algorithms.checkpoint import check_identity, describe, keep_trainable
-from lit_align.algorithms.precision import keep_float32
-from lit_align.algorithms.sharding import name_optimizer_states, shard, whole
+from lit_align.algorithms.precision import check_precision, keep_float32
+from lit_align.algorithms.sharding import FSDP_MESSAGE, name_optimizer_states, shard, whole
 from lit_align.functional.noise import sample_generators
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
@@ -35,6 +35,7 @@ class AlignmentModule(LightningModule, ABC):
         eval_rewards: Further rewards by name, scored in every evaluation.
         lr: Learning rate.
         weight_decay: Of AdamW.
+        adam_epsilon: Of AdamW, added to the root of the second moment.
         num_inference_steps: Denoising steps T in training.
         guidance_scale: Weight of classifier-free guidance, in training and evaluation; 1 runs no
             unconditional branch.
@@ -46,6 +47,7 @@ class AlignmentModule(LightningModule, ABC):
 
     Attributes:
         rewards: Every reward by name, the trained one first.
+        trained_rewards: Names of those that are trained.
         counters: Totals over all processes: `reward_queries` (images scored in training),
             `gradient_queries` (reward gradients), `denoiser_calls` (network evaluations of one
             latent, guidance counting twice).
@@ -58,6 +60,7 @@ class AlignmentModule(LightningModule, ABC):
         eval_rewards: dict[str, RewardModule] | None = None,
         lr: float = 3e-4,
         weight_decay: float = 1e-4,
+        adam_epsilon: float = 1e-8,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
         eval_num_inference_steps: int | None = None,
@@ -77,11 +80,12 @@ class AlignmentModule(LightningModule, ABC):
         self.rewards: dict[str, RewardModule] = {}
         if reward is not None:
             self.rewards[reward.name] = reward
+        self.trained_rewards = list(self.rewards)
         self.rewards |= eval_rewards or {}
         for frozen in self.rewards.values():
             frozen.requires_grad_(False).eval()
         self.reward = reward
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay, self.adam_epsilon = lr, weight_decay, adam_epsilon
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.eval_num_inference_steps = eval_num_inference_steps or num_inference_steps
@@ -122,17 +126,7 @@ class AlignmentModule(LightningModule, ABC):
             raise ValueError(f"{type(self).__name__} needs a `reward`.")
         if not any(p.requires_grad for p in self.policy.parameters()):
             raise ValueError("The policy has `train: none`; use 'lora' or 'full' to fit it.")
-        precision = str(self.trainer.precision)
-        if (
-            precision.endswith("-true")
-            and precision != "32-true"
-            and self.policy.train_mode == "lora"
-        ):
-            raise ValueError(
-                f"`precision: {precision}` would cast the LoRA weights, the VAE and the rewards; "
-                "use `precision: bf16-mixed`, or `policy.dtype: bfloat16` for a bf16 base with "
-                "float32 LoRA."
-            )
+        check_precision(str(self.trainer.precision), self.policy)
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(FSDP_MESSAGE)
 
@@ -143,9 +137,16 @@ class AlignmentModule(LightningModule, ABC):
         with torch.no_grad():
             self.score(reward, images, blank)
 
-    def experience(self, loader: Any) -> Any:
-        """Return the training loader made of a `PromptLoader`; here the loader itself."""
-        self._warn_of_long_prompts(loader.prompts)
+    def experience(self, loader: Any, pairs: Any = None) -> Any:
+        """Return the training loader made of a `PromptLoader`; here the loader itself.
+
+        Raises:
+            ValueError: If there are image-text pairs, which this method does not learn from.
+        """
+        if pairs is not None:
+            raise ValueError(f"{type(self).__name__} learns from no `pairs`; leave them out.")
+        for each in loader.values() if isinstance(loader, dict) else [loader]:
+            self._warn_of_long_prompts(each.prompts)
         return loader
 
     def _warn_of_long_prompts(self, prompts: Sequence[tuple[str, Any]]) -> None:
@@ -164,7 +165,24 @@ class AlignmentModule(LightningModule, ABC):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the trainable parameters."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+        return self.adamw([{"params": trained}])
+
+    def adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return AdamW over groups of parameters, which may have options of their own."""
+        return torch.optim.AdamW(
+            groups, lr=self.lr, weight_decay=self.weight_decay, eps=self.adam_epsilon
+        )
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:  # fmt: skip
+        """Clip as the trainer says, the norm of each group of parameters on its own."""
+        if len(optimizer.param_groups) == 1 or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            for group in optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], gradient_clip_val)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient, before clipping."""
@@ -282,12 +300,6 @@ class AlignmentModule(LightningModule, ABC):
 
     def _identity(self) -> dict[str, str]:
         return {"method": type(self).__name__, "policy": self.policy.fingerprint()}
-
-
-FSDP_MESSAGE = (
-    "`strategy: fsdp` (FSDP1) cannot run several forwards per backward; use `strategy: ddp`, or "
-    "FSDP2, Lightning's ModelParallelStrategy: add `--config configs/scale/fsdp2.yaml`."
-)
 
 
 def quantize(images: Tensor) -> Tensor:

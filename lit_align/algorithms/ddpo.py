@@ -23,21 +23,14 @@ Deviations:
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_align.algorithms.online import Logs, OnlineModule
-from lit_align.data.planner import MinibatchOrder
-from lit_align.functional.advantages import (
-    PromptStatistics,
-    batch_advantages,
-    group_advantages,
-)
 from lit_align.functional.gaussian import gaussian_kl
-from lit_align.functional.policy_gradient import approx_kl, clip_fraction, clipped_surrogate
+from lit_align.functional.policy_gradient import clipped_surrogate, ratio_diagnostics
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
 from lit_align.schedulers.base import StepOutput
@@ -52,10 +45,6 @@ class DDPO(OnlineModule):
     Args:
         estimator: "is" (importance sampling, clipped) or "sf" (score function).
         clip_range: Of the importance ratio; 1e-4 on 64x64x4 latents.
-        adv_clip_max: Bound on advantages; None for no bound.
-        advantage_norm: "per_prompt", "batch", "group" or "group_mean".
-        buffer_size: Rewards kept per prompt, for "per_prompt".
-        min_count: With fewer, the round's statistics serve.
         beta: Weight of the KL penalty to the pretrained model, per element; 0 for none.
     """
 
@@ -64,83 +53,32 @@ class DDPO(OnlineModule):
         policy: DiffusionPolicy,
         reward: RewardModule | None = None,
         eval_rewards: dict[str, RewardModule] | None = None,
-        lr: float = 3e-4,
-        weight_decay: float = 1e-4,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        eval_num_inference_steps: int | None = None,
-        seed: int = 42,
-        max_invalid_fraction: float = 0.05,
-        reward_timeout: float | None = None,
-        prompts_per_round: int = 256,
-        samples_per_prompt: int = 1,
-        rollout_batch_size: int = 8,
-        minibatch_size: int = 4,
-        num_inner_epochs: int = 1,
-        timestep_fraction: float = 1.0,
-        minibatch_order: MinibatchOrder = "sample_major",
-        cfg_grad: Literal["both", "cond_only"] = "both",
-        background_rewards: bool = False,
         estimator: Literal["is", "sf"] = "is",
         clip_range: float = 1e-4,
-        adv_clip_max: float | None = 5.0,
-        advantage_norm: Literal["per_prompt", "batch", "group", "group_mean"] = "per_prompt",
-        buffer_size: int = 32,
-        min_count: int = 16,
         beta: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            policy, reward, eval_rewards, lr, weight_decay, num_inference_steps, guidance_scale,
-            eval_num_inference_steps, seed, max_invalid_fraction, reward_timeout,
-            prompts_per_round, samples_per_prompt, rollout_batch_size, minibatch_size,
-            num_inner_epochs, timestep_fraction, minibatch_order, cfg_grad, background_rewards,
-        )  # fmt: skip
+        super().__init__(policy, reward, eval_rewards, **options)
         if clip_range <= 0:
             raise ValueError(f"`clip_range` must be positive, got {clip_range}.")
-        if advantage_norm.startswith("group") and samples_per_prompt < 2:
-            raise ValueError(
-                f"`advantage_norm: {advantage_norm}` needs `samples_per_prompt` of at least 2, "
-                f"got {samples_per_prompt}."
-            )
         self.estimator, self.clip_range = estimator, clip_range
-        self.adv_clip_max = adv_clip_max
-        self.advantage_norm = advantage_norm
-        self.statistics = PromptStatistics(buffer_size, min_count)
         self.beta = beta
         if beta > 0:
             policy.keep_reference()
 
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
         """Normalise the rewards of all processes into advantages."""
-        assert trajectory.rewards is not None
-        assert trajectory.batch is not None
-        if self.advantage_norm == "per_prompt":
-            ids = trajectory.batch.prompt_ids
-            advantages = self.globally(self.statistics.advantages, trajectory.rewards, ids)
-        elif self.advantage_norm.startswith("group"):
-            ids = trajectory.batch.group_ids
-            normalise = partial(group_advantages, global_std=self.advantage_norm == "group_mean")
-            advantages = self.globally(normalise, trajectory.rewards, ids)
-        else:
-            advantages = self.globally(batch_advantages, trajectory.rewards)
-        if self.adv_clip_max is not None:
-            advantages = advantages.clamp(-self.adv_clip_max, self.adv_clip_max)
-        return trajectory.replace(advantages=advantages)
+        return trajectory.replace(advantages=self.normalised_rewards(trajectory))
 
     def loss(self, minibatch: Transition) -> tuple[Tensor, Logs]:
         """Return the surrogate of a minibatch, plus the KL penalty."""
         step = self.policy.replay(minibatch, cfg_grad=self.cfg_grad)
         log_ratio = step.log_prob - minibatch.old_log_prob
-        ratio = log_ratio.exp()
         if self.estimator == "is":
-            surrogate = clipped_surrogate(ratio, minibatch.advantages, self.clip_range)
+            surrogate = clipped_surrogate(log_ratio.exp(), minibatch.advantages, self.clip_range)
         else:
             surrogate = -minibatch.advantages * step.log_prob
-        logs = {
-            "train/ratio": ratio.mean(),
-            "train/approx_kl": approx_kl(log_ratio).mean(),
-            "train/clip_fraction": clip_fraction(ratio, self.clip_range).mean(),
-        }
+        logs = ratio_diagnostics(log_ratio, self.clip_range)
         if self.beta > 0:
             kl = gaussian_kl(step.mean, self._reference_step(minibatch).mean, step.std)
             surrogate = surrogate + self.beta * kl
@@ -161,13 +99,3 @@ class DDPO(OnlineModule):
                 "`estimator: sf` takes one optimiser step per round: set "
                 f"`trainer.accumulate_grad_batches` to {self.plan.minibatches}, got {accumulated}."
             )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the prompts' statistics; see the base class."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["lit_align"]["statistics"] = self.statistics.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the prompts' statistics; see the base class."""
-        super().on_load_checkpoint(checkpoint)
-        self.statistics.load_state_dict(checkpoint["lit_align"]["statistics"])

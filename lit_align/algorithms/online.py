@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import Future
-from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -16,23 +14,26 @@ from tqdm.auto import tqdm
 
 from lit_align.algorithms.base import AlignmentModule, quantize
 from lit_align.algorithms.checkpoint import PostponedSaves
+from lit_align.algorithms.rounds import sample_and_score
 from lit_align.data.experience import ExperienceLoader
-from lit_align.data.planner import MinibatchOrder, RoundPlan
-from lit_align.functional.noise import sample_generators
+from lit_align.data.image_text import PairStream
+from lit_align.data.planner import MinibatchOrder, RoundPlan, StepChoice
+from lit_align.functional.advantages import AdvantageNorm, RewardNormalizer
+from lit_align.functional.noise import keyed_generator, sample_generators
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
-from lit_align.rewards.scoring import RewardError, check_background, in_thread
+from lit_align.rewards.scoring import check_background
 from lit_align.trajectory import PromptBatch, Trajectory, Transition
 
 Logs = dict[str, Tensor]
-Scores = list[Future[Tensor]]
 
 
 class OnlineModule(AlignmentModule, ABC):
     """Sample, score and update in rounds; one Lightning epoch is one round.
 
-    A subclass implements `compute_targets` and `loss`. The arguments that are not listed are those
-    of `AlignmentModule`.
+    A subclass implements `compute_targets` and `loss`. Its constructor names the options that are
+    its own, or whose default it changes; all others pass by keyword to this class and to
+    `AlignmentModule`, which document them and refuse unknown ones.
 
     Args:
         prompts_per_round: Prompts per round, over all processes.
@@ -40,58 +41,83 @@ class OnlineModule(AlignmentModule, ABC):
         rollout_batch_size: Images sampled at once, per process.
         minibatch_size: (sample, step) pairs per minibatch and process.
         num_inner_epochs: Passes over the round's pairs.
-        timestep_fraction: Share of the steps with a density that each sample is trained on, drawn
-            at random per sample and pass.
+        timestep_fraction: Share of the steps with a density that each sample is trained on.
+        drop_last_step: Leave the last step out of training, where the noise is tiny and ratios
+            are most sensitive (arXiv:2505.07818).
         minibatch_order: "sample_major" takes all steps of a sample together, "timestep_major" one
             step of every sample before the next.
+        step_choice: "per_sample" draws the steps and their order for each sample and pass,
+            "shared" for all samples alike; "denoising" takes them from noise to clean.
+        shared_init_noise: Start all samples of a round from the same noise, so that they differ
+            by the noise of their steps only (arXiv:2505.07818).
         cfg_grad: Whether gradient also flows through the unconditional branch of guidance.
         background_rewards: Score each batch in a thread while the next one is sampled, for a
             pointwise reward that computes on the CPU or elsewhere.
+        advantage_norm: Mean and std that rewards are normalised by: of the prompt's recent rewards
+            ("per_prompt", arXiv:2305.13301), of the round ("batch", arXiv:2401.12244), of the
+            images of one prompt draw ("group", arXiv:2505.07818), or the mean there and the std
+            of the round ("group_mean", arXiv:2505.05470, code).
+        advantage_eps: Added to the std; by default 1e-6 for "per_prompt", else 1e-8.
+        std_unbiased: Whether variances are divided by the count less one; by default for groups.
+        adv_clip_max: Bound on normalised rewards; None for no bound.
+        buffer_size: Rewards kept per prompt, for "per_prompt".
+        min_count: With fewer, the round's statistics serve.
     """
+
+    minibatch_types: ClassVar[tuple[type, ...]] = (Transition,)
+    keep_predicted = False  # whether rollouts keep the clean latents that each step implies
 
     def __init__(
         self,
         policy: DiffusionPolicy,
         reward: RewardModule | None = None,
         eval_rewards: dict[str, RewardModule] | None = None,
-        lr: float = 3e-4,
-        weight_decay: float = 1e-4,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        eval_num_inference_steps: int | None = None,
-        seed: int = 42,
-        max_invalid_fraction: float = 0.05,
-        reward_timeout: float | None = None,
         prompts_per_round: int = 256,
         samples_per_prompt: int = 1,
         rollout_batch_size: int = 8,
         minibatch_size: int = 4,
         num_inner_epochs: int = 1,
         timestep_fraction: float = 1.0,
+        drop_last_step: bool = False,
         minibatch_order: MinibatchOrder = "sample_major",
+        step_choice: StepChoice = "per_sample",
+        shared_init_noise: bool = False,
         cfg_grad: Literal["both", "cond_only"] = "both",
         background_rewards: bool = False,
+        advantage_norm: AdvantageNorm = "per_prompt",
+        advantage_eps: float | None = None,
+        std_unbiased: bool | None = None,
+        adv_clip_max: float | None = 5.0,
+        buffer_size: int = 32,
+        min_count: int = 16,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            policy, reward, eval_rewards, lr, weight_decay, num_inference_steps, guidance_scale,
-            eval_num_inference_steps, seed, max_invalid_fraction, reward_timeout,
-        )  # fmt: skip
+        super().__init__(policy, reward, eval_rewards, **options)
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"`timestep_fraction` must lie in (0, 1], got {timestep_fraction}.")
         self.prompts_per_round, self.samples_per_prompt = prompts_per_round, samples_per_prompt
         self.rollout_batch_size, self.minibatch_size = rollout_batch_size, minibatch_size
         self.num_inner_epochs, self.timestep_fraction = num_inner_epochs, timestep_fraction
-        self.minibatch_order, self.cfg_grad = minibatch_order, cfg_grad
-        self.background_rewards = background_rewards
+        self.drop_last_step, self.shared_init_noise = drop_last_step, shared_init_noise
+        self.minibatch_order, self.step_choice = minibatch_order, step_choice
+        self.cfg_grad, self.background_rewards = cfg_grad, background_rewards
+        self.adv_clip_max = adv_clip_max
+        self.normalizer = RewardNormalizer(
+            advantage_norm, advantage_eps, std_unbiased, buffer_size, min_count
+        )
+        if reward is not None:
+            self.normalizer.check(samples_per_prompt)
+        self.reward_name = reward.name if reward is not None else ""
+        self.stateful: dict[str, Any] = {"statistics": self.normalizer.statistics}
         self._round_logs: dict[str, float] = {}
         self._window: list[Logs] = []
         self._update_started = 0.0
-        self._experience: ExperienceLoader | None = None
+        self._experience: Any = None
         self._experience_state: Any = None
 
     @abstractmethod
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
-        """Return the trajectory with `advantages` [B], NaN where a sample must not count."""
+        """Return the trajectory with `advantages` [B] or [B, T], NaN for what must not count."""
 
     @abstractmethod
     def loss(self, minibatch: Transition) -> tuple[Tensor, Logs]:
@@ -99,18 +125,26 @@ class OnlineModule(AlignmentModule, ABC):
 
     def rollout(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Sample one trajectory per prompt of the batch and decode its image."""
-        conditioning = self.policy.encode_prompt(batch.prompts)
-        positions = batch.positions.tolist()
+        key = (self.noise_key, self.seed, round_index)
         with self._progress(len(batch) * self.num_inference_steps) as bar:
             trajectory = self.policy.sample(
-                conditioning,
+                self.policy.encode_prompt(batch.prompts),
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
-                generator=sample_generators("rollout", self.seed, round_index, positions),
+                generator=sample_generators(*key, batch.positions.tolist()),
+                latents=self.policy.noise(keyed_generator("shared", *key), len(batch))
+                if self.shared_init_noise
+                else None,
+                keep_predicted=self.keep_predicted,
                 progress=lambda: bar.update(len(batch)),
             )
         images = quantize(self.policy.decode(trajectory.latents[:, -1]))
         return trajectory.replace(batch=batch, images=images)
+
+    @property
+    def noise_key(self) -> str:
+        """What the noise of rollouts is keyed by, beside the seed and the round."""
+        return "rollout"
 
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Run one round: rollout, score, targets, in the trainer's precision and without grad.
@@ -119,66 +153,30 @@ class OnlineModule(AlignmentModule, ABC):
             RewardError: If the reward fails, or for more images than `max_invalid_fraction`.
         """
         started = time.perf_counter()
-        trajectory, scores = self._sample(batch, round_index)
-        sampled = time.perf_counter()
-        rewards = torch.cat([s.result() for s in scores]) if scores else self._score(trajectory)
-        trajectory = trajectory.replace(rewards=rewards, images=None)
-        scored = time.perf_counter()
-        self._check_rewards(trajectory)
+        trajectory, logs = sample_and_score(self, batch, round_index)
+        self._round_logs |= logs
         trajectory = self._weigh(self.compute_targets(trajectory))
-        self._count(len(trajectory) * self.num_inference_steps, rewards=len(trajectory))
-        self._round_logs |= {"time/rollout": sampled - started, "time/reward": scored - sampled}
+        self._count(trajectory.guidance_scale, len(trajectory) * self.num_inference_steps)
+        self.counters["reward_queries"] += len(trajectory) * self.trainer.world_size
         if self._update_started:
             self._round_logs["time/update"] = started - self._update_started
         self._update_started = time.perf_counter()
         return trajectory
 
-    @torch.no_grad()
-    def _sample(self, batch: PromptBatch, round_index: int) -> tuple[Trajectory, Scores]:
-        """Return the round's samples, and their scores if those are computed beside."""
-        parts: list[Trajectory] = []
-        scores: Scores = []
-        for chunk in torch.arange(len(batch)).split(self.rollout_batch_size):
-            with self.trainer.precision_plugin.forward_context():
-                parts.append(self.rollout(batch.select(chunk), round_index))
-            if self.background_rewards:
-                scores.append(in_thread(partial(self._score, parts[-1])))
-        return Trajectory.concatenate(parts), scores
-
-    @torch.no_grad()
-    def _score(self, trajectory: Trajectory) -> Tensor:
-        assert self.reward is not None
-        assert trajectory.images is not None
-        assert trajectory.batch is not None
-        self.reward.train()  # running statistics follow training samples only
-        scores = self.score(self.reward, trajectory.images, trajectory.batch)
-        self.reward.eval()
-        return scores
-
-    def _check_rewards(self, trajectory: Trajectory) -> None:
-        """Keep the round's statistics, and stop if too many images could not be scored."""
-        assert self.reward is not None
-        assert trajectory.rewards is not None
-        everywhere = self.gathered(trajectory.rewards)
-        valid = everywhere[~everywhere.isnan()]
-        invalid = len(everywhere) - len(valid)
-        if invalid > self.max_invalid_fraction * len(everywhere):
-            raise RewardError(
-                f"{self.reward.name} could not score {invalid} of the round's {len(everywhere)} "
-                f"images, more than `max_invalid_fraction` ({self.max_invalid_fraction}) allows; "
-                "repair the reward, or raise the limit if so many NaN are expected."
-            )
-        self._round_logs |= {
-            f"rollout/reward/{self.reward.name}": float(valid.mean()),
-            f"rollout/reward_std/{self.reward.name}": float(valid.std(correction=0)),
-            "rollout/invalid": float(invalid),
-        }
+    def normalised_rewards(self, trajectory: Trajectory) -> Tensor:
+        """Return the rewards [B] normalised over all processes, in float64; NaN stays NaN."""
+        batch, rewards = trajectory.batch, trajectory.rewards
+        assert batch is not None
+        assert rewards is not None
+        advantages = self.globally(self.normalizer, rewards, batch.prompt_ids, batch.group_ids)
+        bound = self.adv_clip_max
+        return advantages if bound is None else advantages.clamp(-bound, bound)
 
     def _weigh(self, trajectory: Trajectory) -> Trajectory:
-        """Give samples without a finite advantage weight 0, and the others equal weights.
+        """Give what has no finite advantage weight 0, and the rest equal weights.
 
         Weights average to 1 over all processes, so that the mean of weighted losses is the mean
-        over valid samples, whatever their distribution over minibatches and processes.
+        over what counts, whatever its distribution over minibatches and processes.
         """
         advantages = trajectory.advantages
         if advantages is None:
@@ -187,27 +185,38 @@ class OnlineModule(AlignmentModule, ABC):
         weights = valid / self.gathered(valid.float()).mean().clamp(min=1e-8)
         return trajectory.replace(advantages=advantages.where(valid, 0.0).float(), weights=weights)
 
-    def minibatches(self, trajectory: Trajectory, round_index: int) -> Iterator[Transition]:
+    def minibatches(self, trajectory: Trajectory, round_index: int) -> Iterator[Any]:
         """Cut the round into minibatches of (sample, step) pairs in the chosen order."""
         for samples, steps in self.plan.cut(round_index):
             yield trajectory.transitions(samples, steps)
 
-    def experience(self, loader: Any) -> ExperienceLoader:
+    @property
+    def minibatches_per_round(self) -> int:
+        """How many minibatches `minibatches` yields."""
+        return self.plan.minibatches
+
+    def experience(self, loader: Any, pairs: PairStream | None = None) -> Any:
         """Return the loader of minibatches over a `PromptLoader`, continued if restored."""
-        self._experience = ExperienceLoader(self, super().experience(loader))
+        self._experience = self._make_experience(super().experience(loader, pairs))
         if self._experience_state is not None:
             self._experience.load_state_dict(self._experience_state)
         return self._experience
 
+    def _make_experience(self, loader: Any) -> Any:
+        return ExperienceLoader(self, loader)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what every step of the round logs; see the base class."""
+        """Add what every step of the round logs, and the states of `stateful`."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["lit_align"]["round_logs"] = dict(self._round_logs)
+        states = {name: part.state_dict() for name, part in self.stateful.items()}
+        checkpoint["lit_align"] |= {"round_logs": dict(self._round_logs), **states}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the loader too: Lightning does so only in the middle of an epoch."""
         super().on_load_checkpoint(checkpoint)
         self._round_logs = dict(checkpoint["lit_align"]["round_logs"])
+        for name, part in self.stateful.items():
+            part.load_state_dict(checkpoint["lit_align"][name])
         states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         if states:
             self._experience_state = states[0]
@@ -224,6 +233,7 @@ class OnlineModule(AlignmentModule, ABC):
     def plan(self) -> RoundPlan:
         """The sizes and orders of a round."""
         steps = tuple(self.policy.scheduler.density_steps)
+        steps = steps[:-1] if self.drop_last_step else steps
         return RoundPlan(
             prompts_per_round=self.prompts_per_round,
             samples_per_prompt=self.samples_per_prompt,
@@ -233,10 +243,16 @@ class OnlineModule(AlignmentModule, ABC):
             steps=steps,
             trained_steps=max(1, int(len(steps) * self.timestep_fraction)),
             minibatch_order=self.minibatch_order,
+            step_choice=self.step_choice,
             seed=self.seed,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
+
+    @property
+    def plans(self) -> dict[str, RoundPlan]:
+        """The plan of each part of a round, by name."""
+        return {"": self.plan}
 
     def setup(self, stage: str) -> None:
         """Check that there is a density to learn from and that all batch sizes divide."""
@@ -244,12 +260,10 @@ class OnlineModule(AlignmentModule, ABC):
         if stage != "fit":
             return
         self.policy.scheduler.set_timesteps(self.num_inference_steps)
-        if not len(self.policy.scheduler.density_steps):
-            raise ValueError(
-                f"{type(self).__name__} needs a stochastic sampler: set `eta` above 0 (DDIM), or a "
-                "`kind` other than 'ode' and a positive `noise_level` (flow matching)."
-            )
-        self.plan.check(self.trainer.accumulate_grad_batches)
+        self.policy.scheduler.check_density(type(self).__name__)
+        for plan in self.plans.values():
+            self.normalizer.check(plan.samples_per_prompt)
+            plan.check(self.trainer.accumulate_grad_batches)
         if self.background_rewards and self.reward is not None:
             check_background(self.reward)
 
@@ -259,7 +273,9 @@ class OnlineModule(AlignmentModule, ABC):
 
     def on_train_start(self) -> None:
         """Print the arithmetic of a round once."""
-        self.print(self.plan.describe(self.trainer.accumulate_grad_batches))
+        for name, plan in self.plans.items():
+            arithmetic = plan.describe(self.trainer.accumulate_grad_batches)
+            self.print(f"{name}: {arithmetic}" if name else arithmetic)
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         """Return the loss of a minibatch.
@@ -267,7 +283,7 @@ class OnlineModule(AlignmentModule, ABC):
         Raises:
             TypeError: If the batch holds bare prompts.
         """
-        if not isinstance(batch, Transition):
+        if not isinstance(batch, self.minibatch_types):
             raise TypeError(
                 f"{type(self).__name__} trains on its own samples, but the loader yields "
                 f"{type(batch).__name__}; use a PromptDataModule, or wrap a PromptLoader: "
@@ -276,7 +292,7 @@ class OnlineModule(AlignmentModule, ABC):
         loss, logs = self.loss(batch)
         logs = {"train/loss": loss, **logs}
         self._window.append({name: value.detach() for name, value in logs.items()})
-        self._count(len(batch))
+        self._count(getattr(batch, "guidance_scale", 1), len(batch))
         counters = {name: float(count) for name, count in self.counters.items()}
         self.log_dict({**self._round_logs, **counters}, batch_size=len(batch))
         return loss
@@ -289,10 +305,9 @@ class OnlineModule(AlignmentModule, ABC):
             self.log(name, mean, sync_dist=True, prog_bar=name == "train/loss")
         self._window = []
 
-    def _count(self, latents: int, rewards: int = 0) -> None:
-        branches = 1 if self.guidance_scale == 1 else 2
+    def _count(self, guidance_scale: float, latents: int) -> None:
+        branches = 1 if guidance_scale == 1 else 2
         self.counters["denoiser_calls"] += latents * branches * self.trainer.world_size
-        self.counters["reward_queries"] += rewards * self.trainer.world_size
 
     def _progress(self, total: int) -> Any:
         quiet = self.trainer.progress_bar_callback is None or self.trainer.global_rank > 0

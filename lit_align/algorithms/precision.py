@@ -12,6 +12,21 @@ from torch import nn
 from lit_align.policies.base import DiffusionPolicy
 
 
+def check_precision(precision: str, policy: DiffusionPolicy) -> None:
+    """Refuse 16-bit weights for LoRA.
+
+    Raises:
+        ValueError: If the trainer's precision would cast the adapters.
+    """
+    casts = precision.endswith("-true") and not precision.startswith(("32", "64"))
+    if casts and policy.train_mode == "lora":
+        raise ValueError(
+            f"`precision: {precision}` would cast the LoRA weights, the VAE and the rewards; use "
+            "`precision: bf16-mixed`, or `policy.dtype: bfloat16` for a bf16 base with float32 "
+            "LoRA."
+        )
+
+
 def keep_float32(plugin: Precision, policy: DiffusionPolicy) -> None:
     """Let `bf16-true` and `16-true` cast the denoiser, the text encoders and the VAE only.
 

@@ -25,6 +25,11 @@ _BLOCKS = (
     "down_blocks", "mid_block", "up_blocks",
 )  # fmt: skip
 
+FSDP_MESSAGE = (
+    "`strategy: fsdp` (FSDP1) cannot run several forwards per backward; use `strategy: ddp`, or "
+    "FSDP2, Lightning's ModelParallelStrategy: add `--config configs/scale/fsdp2.yaml`."
+)
+
 
 def shard(module: LightningModule, policy: DiffusionPolicy) -> None:
     """Shard what is trained, if the strategy is FSDP2; parts that are sharded already stay so.

@@ -5,18 +5,30 @@ shapes-mixture  2,000 captions of the train split in the mixture of the training
                 of them single objects, drawn with repetition
 shapes-heldout  600 captions of the held-out split, drawn with repetition: it has few single objects
 shapes-unseen   200 different captions that name a colour-shape pair no denoiser was trained on
+
+For relations and for colours that the caption leaves open:
+
+shapes-relations          1,000 different captions of the train split that state a relation
+shapes-relations-heldout  192 of the held-out split
+shapes-uncolored          all captions of one object of the train split that state no colour
+shapes-uncolored-heldout  all of one object, or of equal ones, of the held-out split, each 16 times
+                          in a row
+shapes-colored-heldout    192 captions of the held-out split that state the colour of every object,
+                          drawn with repetition
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from lit_align.shapes.grammar import caption, sample_split
 from lit_align.shapes.scene import Facts
 
 FOLDER = Path(__file__).parent.parent / "data" / "prompts"
+REPEATS = 16  # of a prompt whose images are compared with each other
 
 
 def prompt_lists() -> dict[str, list[Facts]]:
@@ -26,11 +38,37 @@ def prompt_lists() -> dict[str, list[Facts]]:
         "shapes-mixture": sample_split("train", 2_000, seed=400),
         "shapes-heldout": sample_split("heldout", 600, seed=200),
         "shapes-unseen": list(_different(sample_split("unseen", 5_000, seed=300), 200)),
+        "shapes-relations": list(
+            _different(sample_split("train", 5_000, seed=500, kind="relation"), 1_000)
+        ),
+        "shapes-relations-heldout": list(
+            _different(sample_split("heldout", 1_000, seed=600, kind="relation"), 192)
+        ),
+        "shapes-uncolored": list(_uncolored("train", ("single",), seed=700)),
+        "shapes-uncolored-heldout": [
+            facts
+            for facts in _uncolored("heldout", ("single", "count"), seed=800)
+            for _ in range(REPEATS)
+        ],
+        "shapes-colored-heldout": list(
+            islice(filter(_is_colored, sample_split("heldout", 1_000, seed=900)), 192)
+        ),
     }
 
 
 def _different(facts: Iterable[Facts], count: int) -> Iterator[Facts]:
     yield from list(dict.fromkeys(facts))[:count]
+
+
+def _uncolored(split: str, kinds: Iterable[str], seed: int) -> Iterator[Facts]:
+    """Yield the split's captions of these kinds that state no colour, each once, kind by kind."""
+    for kind in kinds:
+        drawn = dict.fromkeys(sample_split(split, 10_000, seed, kind))
+        yield from (f for f in drawn if all(item.color is None for item in f.objects))
+
+
+def _is_colored(facts: Facts) -> bool:
+    return all(item.color is not None for item in facts.objects)
 
 
 def lines(facts: Iterable[Facts]) -> str:

@@ -9,14 +9,14 @@ yields the round's minibatches. It is lazy: the next round is sampled with updat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from lit_align.data.planner import RoundPlan
 from lit_align.data.prompts import PromptLoader
-from lit_align.trajectory import PromptBatch, Trajectory, Transition
+from lit_align.trajectory import PairBatch, PromptBatch, Trajectory, Transition
 
 
 class Collector(Protocol):
@@ -27,14 +27,20 @@ class Collector(Protocol):
         """The sizes and orders of a round."""
 
     @property
+    def minibatches_per_round(self) -> int:
+        """How many minibatches a round yields."""
+
+    @property
     def minibatches_in_flight(self) -> int:
         """How many minibatches were handed out but not learned from yet: 0 or 1."""
 
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Sample, score and compute targets."""
 
-    def minibatches(self, trajectory: Trajectory, round_index: int) -> Iterator[Transition]:
-        """Cut a round into `plan.minibatches` minibatches."""
+    def minibatches(
+        self, trajectory: Trajectory, round_index: int
+    ) -> Iterator[Transition | PairBatch]:
+        """Cut a round into `minibatches_per_round` minibatches."""
 
 
 class ExperienceLoader:
@@ -46,19 +52,26 @@ class ExperienceLoader:
     Args:
         collector: Samples and scores; an `OnlineModule`.
         prompts: The stream of prompts.
+        beside: Fingerprint of what minibatches hold beside samples, so that a resumed run sees if
+            it was changed.
     """
 
-    def __init__(self, collector: Collector, prompts: PromptLoader) -> None:
-        self.collector, self.prompts = collector, prompts
+    def __init__(self, collector: Collector, prompts: PromptLoader, beside: str = "") -> None:
+        self.collector, self.prompts, self.beside = collector, prompts, beside
         self._round = -1
         self._served = 0
         self._trajectory: Trajectory | None = None
 
     def __len__(self) -> int:
         """Return the number of minibatches per round and process."""
-        return self.collector.plan.minibatches
+        return self.collector.minibatches_per_round
 
-    def __iter__(self) -> Iterator[Transition]:
+    @property
+    def finished(self) -> bool:
+        """Whether all minibatches of the round were handed out."""
+        return self._trajectory is not None and self._served == len(self)
+
+    def __iter__(self) -> Iterator[Transition | PairBatch]:
         """Collect a round, unless one was restored, and yield its minibatches.
 
         Raises:
@@ -100,10 +113,20 @@ class ExperienceLoader:
             "served": served,
             "trajectory": None if unfinished is None else _everywhere(unfinished).state_dict(),
             "prompts": self.prompts.state_dict(),
+            "beside": self.beside,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, on as many processes or others."""
+        """Continue where `state` was taken, on as many processes or others.
+
+        Raises:
+            ValueError: If the prompts, or what minibatches hold beside, were changed.
+        """
+        if state["beside"] != self.beside:
+            raise ValueError(
+                "The image-text pairs are not those that the checkpoint was made with; restore "
+                "them, or start a new run."
+            )
         self._round, self._served = state["round"], state["served"]
         self.prompts.load_state_dict(state["prompts"])
         restored = state["trajectory"]
@@ -112,6 +135,40 @@ class ExperienceLoader:
             whole = Trajectory(**{**restored, "batch": batch})
             restored = whole.select(self.collector.plan.positions)
         self._trajectory = restored
+
+
+class ChainedLoader:
+    """Yields the rounds of several loaders in turn; each is collected when its turn comes.
+
+    Args:
+        parts: The loaders, in their order.
+    """
+
+    def __init__(self, parts: Sequence[ExperienceLoader]) -> None:
+        self.parts = list(parts)
+        self._turn = 0
+
+    def __len__(self) -> int:
+        """Return the number of minibatches of all parts."""
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[Transition | PairBatch]:
+        """Yield from each part, from where a restored one stopped."""
+        # A part that was restored when its last minibatch was done must not begin another round.
+        done = self._turn + self.parts[self._turn].finished
+        for turn in range(done % len(self.parts), len(self.parts)):
+            self._turn = turn
+            yield from self.parts[turn]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whose turn it is, and the parts' states."""
+        return {"turn": self._turn, "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken; raises ValueError as the parts do."""
+        self._turn = state["turn"]
+        for part, own in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(own)
 
 
 def _everywhere(trajectory: Trajectory) -> Trajectory:

@@ -24,6 +24,7 @@ from lit_align.trajectory import PromptBatch
 _MAX_LANES = 64
 
 MinibatchOrder = Literal["sample_major", "timestep_major"]
+StepChoice = Literal["per_sample", "shared", "denoising"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,12 @@ class RoundPlan:
         minibatch_size: (sample, step) pairs per minibatch and process.
         num_inner_epochs: Passes over the pairs.
         steps: Indices of the denoising steps that may be trained on.
-        trained_steps: How many of them each sample is trained on, drawn anew per sample and pass.
+        trained_steps: How many of them each sample is trained on.
         minibatch_order: "sample_major" takes all steps of a sample together, "timestep_major" one
             step of every sample before the next.
+        step_choice: Which steps, and in which order: "per_sample" draws both at random for each
+            sample and pass, "shared" for each pass, the same for all samples; "denoising" draws
+            the steps as "per_sample" does and takes them from noise to clean.
         seed: Of all draws.
         rank: This process.
         world_size: Number of processes W.
@@ -54,6 +58,7 @@ class RoundPlan:
     trained_steps: int
     minibatch_order: MinibatchOrder
     seed: int
+    step_choice: StepChoice = "per_sample"
     rank: int = 0
     world_size: int = 1
 
@@ -161,8 +166,11 @@ class RoundPlan:
     def _step_order(self, round_index: int, epoch: int, sample: int) -> Tensor:
         slot = self.rank + sample // self.samples_per_prompt * self.world_size
         position = slot * self.samples_per_prompt + sample % self.samples_per_prompt
-        generator = keyed_generator("steps", self.seed, round_index, epoch, position)
+        owner = -1 if self.step_choice == "shared" else position
+        generator = keyed_generator("steps", self.seed, round_index, epoch, owner)
         chosen = torch.randperm(len(self.steps), generator=generator)[: self.trained_steps]
+        if self.step_choice == "denoising":
+            chosen = chosen.sort().values
         return torch.tensor(self.steps)[chosen]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
+from lit_align.data.image_text import PairStream
 from lit_align.functional.noise import keyed_generator
 from lit_align.trajectory import PromptBatch
 
@@ -99,8 +100,8 @@ class PromptFile(Sequence[Prompt]):
 class PromptConsumer(Protocol):
     """A module that decides how its training prompts are dealt out."""
 
-    def experience(self, loader: PromptLoader) -> Any:
-        """Return the training loader made of `loader`."""
+    def experience(self, loader: Any, pairs: PairStream | None = None) -> Any:
+        """Return the training loader made of a PromptLoader, or of one for each task by name."""
 
 
 class PromptLoader:
@@ -165,10 +166,15 @@ class PromptLoader:
         return self._next_numbers(count)
 
     def batch(self, numbers: Sequence[int]) -> PromptBatch:
-        """Return the prompts of these numbers, one sample each, keyed by their number."""
+        """Return the prompts of these numbers, one sample each, keyed by their number.
+
+        Equal prompts are a group, for rewards that compare images.
+        """
         rows = [self.prompts[number] for number in numbers]
+        texts = [text for text, _ in rows]
         ids = torch.tensor(numbers, dtype=torch.int64)
-        return PromptBatch([text for text, _ in rows], [meta for _, meta in rows], ids, ids, ids)
+        groups = torch.tensor([numbers[texts.index(text)] for text in texts], dtype=torch.int64)
+        return PromptBatch(texts, [metadata for _, metadata in rows], ids, ids, groups)
 
     def _next_numbers(self, count: int) -> list[int]:
         total = len(self.prompts)
@@ -216,51 +222,70 @@ class PromptDataModule(LightningDataModule):
     """Prompts for training and evaluation.
 
     Args:
-        train: A shipped list or a prompts file, see `PromptFile`.
+        train: A shipped list or a prompts file, see `PromptFile`; for a method with several tasks,
+            one for each of them by name.
         val: The same for validation, held-out prompts in all but special cases.
         test: The same for `test` and `predict`; by default `val`.
         batch_size: Prompts per process and batch: in evaluation, and in the training of methods
             that consume prompts directly. Online methods deal prompts by `prompts_per_round`.
         val_size: Only the first so many validation prompts; all if None.
         seed: Decides the order of training prompts.
+        pairs: A data module of image-text pairs, whose `train` a method's pretraining loss uses.
     """
 
     def __init__(
         self,
-        train: str,
+        train: str | dict[str, str],
         val: str,
         test: str | None = None,
         batch_size: int = 64,
         val_size: int | None = None,
         seed: int = 0,
+        pairs: LightningDataModule | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.sources = {"train": train, "val": val, "test": test or val}
+        tasks = train if isinstance(train, dict) else {"": train}
+        self.tasks = list(tasks)
+        training = {f"train {name}".rstrip(): source for name, source in tasks.items()}
+        self.sources = {**training, "val": val, "test": test or val}
+        self.pairs: Any = pairs
         self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
 
     def setup(self, stage: str) -> None:
         """Open the files that the stage needs, so that a broken one is told of at once."""
-        splits = {"fit": ["train", "val"], "validate": ["val"]}.get(stage, ["test"])
+        evaluation = {"fit": "val", "validate": "val"}.get(stage, "test")
+        training = [split for split in self.sources if split.startswith("train")]
+        splits = [*training, evaluation] if stage == "fit" else [evaluation]
         self.files = {split: PromptFile(self.sources[split]) for split in splits}
-        for split in set(splits) - {"train"}:
-            self._loader(split)  # refuses prompts that cannot be dealt out, before any work is done
+        self._loader(evaluation)  # refuses prompts that cannot be dealt out, before any work
+        if stage == "fit" and self.pairs is not None:
+            self.pairs.setup(stage)
 
     def _loader(self, split: str, shuffle: bool = False) -> PromptLoader:
         prompts: Sequence[Prompt] = self.files[split]
         if split == "val" and self.val_size is not None:
             prompts = prompts[: self.val_size]
+        return PromptLoader(prompts, self.batch_size, shuffle, self.seed, *self._share())
+
+    def _share(self) -> tuple[int, int]:
+        """Return this process and the number of processes."""
         trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return PromptLoader(prompts, self.batch_size, shuffle, self.seed, rank, world)
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
     def train_dataloader(self) -> Any:
         """Return what the module makes of the prompts: batches of prompts, or its experience."""
-        loader = self._loader("train", shuffle=True)
+        loaders = {t: self._loader(f"train {t}".rstrip(), shuffle=True) for t in self.tasks}
+        loader: Any = loaders.get("", loaders)
         module = self.trainer.lightning_module if self.trainer else None
-        return module.experience(loader) if isinstance(module, PromptConsumer) else loader
+        if not isinstance(module, PromptConsumer):
+            return loader
+        if self.pairs is None:
+            return module.experience(loader)
+        pairs = PairStream(self.pairs.train, self.seed, *self._share())
+        return module.experience(loader, pairs)
 
     def val_dataloader(self) -> PromptLoader:
         """Return the validation prompts in the file's order."""

@@ -7,10 +7,12 @@ and their advantage is NaN.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+AdvantageNorm = Literal["per_prompt", "batch", "group", "group_mean"]
 
 
 def batch_advantages(rewards: Tensor, eps: float = 1e-8, correction: int = 0) -> Tensor:
@@ -61,6 +63,19 @@ def _std(values: Tensor, correction: int) -> Tensor:
     if len(values) <= correction:
         return values.new_zeros(())
     return values.std(correction=correction)
+
+
+def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
+    """Return ``G_k = r_k + gamma G_{k+1}`` [B, T].
+
+    Args:
+        rewards: r [B, T] of the T steps in order.
+        gamma: Discount per step, in [0, 1].
+    """
+    returns = rewards.clone()
+    for step in reversed(range(rewards.shape[1] - 1)):
+        returns[:, step] += gamma * returns[:, step + 1]
+    return returns
 
 
 class PromptStatistics:
@@ -114,3 +129,64 @@ class PromptStatistics:
             prompt: deque(rewards.tolist(), maxlen=self.buffer_size)
             for prompt, rewards in zip(state["prompts"].tolist(), state["rewards"], strict=True)
         }
+
+
+class RewardNormalizer:
+    """Turns rewards into advantages in the chosen way.
+
+    Args:
+        kind: "per_prompt" takes mean and std of the prompt's recent rewards (`PromptStatistics`),
+            "batch" those of all rewards, "group" those of the images of one prompt draw, and
+            "group_mean" the mean there and the std of all rewards.
+        eps: Added to the standard deviation; by default 1e-6 for "per_prompt", else 1e-8.
+        std_unbiased: Whether the variance is divided by the count less one; by default only for
+            groups. "per_prompt" is never.
+        buffer_size: Rewards kept per prompt, for "per_prompt".
+        min_count: With fewer, the statistics of the whole batch serve.
+    """
+
+    def __init__(
+        self,
+        kind: AdvantageNorm,
+        eps: float | None = None,
+        std_unbiased: bool | None = None,
+        buffer_size: int = 32,
+        min_count: int = 16,
+    ) -> None:
+        if kind == "per_prompt" and std_unbiased:
+            raise ValueError(
+                "`std_unbiased` is for `advantage_norm: batch`, group or group_mean; "
+                "'per_prompt' takes the population's standard deviation."
+            )
+        self.kind = kind
+        self.eps = (1e-6 if kind == "per_prompt" else 1e-8) if eps is None else eps
+        unbiased = kind.startswith("group") if std_unbiased is None else std_unbiased
+        self.correction = int(unbiased)
+        self.statistics = PromptStatistics(buffer_size, min_count)
+
+    def check(self, samples_per_prompt: int) -> None:
+        """Refuse groups of one image.
+
+        Raises:
+            ValueError: If groups are compared within and hold one image each.
+        """
+        if self.kind.startswith("group") and samples_per_prompt < 2:
+            raise ValueError(
+                f"`advantage_norm: {self.kind}` needs `samples_per_prompt` of at least 2, got "
+                f"{samples_per_prompt}."
+            )
+
+    def __call__(self, rewards: Tensor, prompt_ids: Tensor, group_ids: Tensor) -> Tensor:
+        """Return advantages [B] in float64, NaN where the reward is.
+
+        Args:
+            rewards: [B].
+            prompt_ids: [B] integers.
+            group_ids: [B] integers.
+        """
+        if self.kind == "per_prompt":
+            return self.statistics.advantages(rewards, prompt_ids, self.eps)
+        if self.kind == "batch":
+            return batch_advantages(rewards, self.eps, self.correction)
+        everywhere = self.kind == "group_mean"
+        return group_advantages(rewards, group_ids, self.eps, self.correction, everywhere)

@@ -27,6 +27,14 @@ def sample_generators(
     return [keyed_generator(purpose, seed, round_index, position) for position in positions]
 
 
+def sample_keys(
+    purpose: str, seed: int, round_index: int, positions: Iterable[int], count: int
+) -> Tensor:
+    """Return `count` seeds per sample [B, count] int64, keyed as in `sample_generators`."""
+    generators = sample_generators(purpose, seed, round_index, positions)
+    return torch.stack([torch.randint(2**62, (count,), generator=g) for g in generators])
+
+
 def randn(
     shape: Sequence[int],
     generators: Sequence[torch.Generator],

@@ -31,3 +31,18 @@ def approx_kl(log_ratio: Tensor) -> Tensor:
 def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
     """Return 1 where ``|rho - 1| > eps``, else 0, per item [N]."""
     return ((ratio - 1).abs() > clip_range).float()
+
+
+def ratio_diagnostics(log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:
+    """Return the means of ratio, `approx_kl` and `clip_fraction`, as they are logged.
+
+    Args:
+        log_ratio: log rho [N].
+        clip_range: eps, positive.
+    """
+    ratio = log_ratio.exp()
+    return {
+        "train/ratio": ratio.mean(),
+        "train/approx_kl": approx_kl(log_ratio).mean(),
+        "train/clip_fraction": clip_fraction(ratio, clip_range).mean(),
+    }

@@ -1,7 +1,8 @@
 """Text-to-image models as policies, one file per family."""
 
 from lit_align.policies.base import DiffusionPolicy
+from lit_align.policies.heads import TemporalCritic
 from lit_align.policies.sd3 import SD3Policy
 from lit_align.policies.stable_diffusion import StableDiffusionPolicy
 
-__all__ = ["DiffusionPolicy", "SD3Policy", "StableDiffusionPolicy"]
+__all__ = ["DiffusionPolicy", "SD3Policy", "StableDiffusionPolicy", "TemporalCritic"]

@@ -190,7 +190,7 @@ class DiffusionPolicy(nn.Module, ABC):
         *,
         cfg_grad: Literal["both", "cond_only"] = "both",
     ) -> Tensor:
-        """Return the guided network output ``u + w (c - u)``, both branches in one forward.
+        """Return the guided output ``u + w (c - u)`` [B, C, H, W] float32, by one forward.
 
         Args:
             latents: [B, C, H, W].
@@ -198,9 +198,6 @@ class DiffusionPolicy(nn.Module, ABC):
             conditioning: What `encode_prompt` returned.
             guidance_scale: w; 1 leaves the unconditional branch out.
             cfg_grad: Whether gradient also flows through the unconditional branch.
-
-        Returns:
-            [B, C, H, W] float32.
         """
         positive = {k: v for k, v in conditioning.items() if not k.startswith("negative_")}
         if guidance_scale == 1:
@@ -220,7 +217,9 @@ class DiffusionPolicy(nn.Module, ABC):
         num_inference_steps: int,
         guidance_scale: float,
         generator: Sequence[torch.Generator],
+        latents: Tensor | None = None,
         stochastic_steps: Collection[int] | None = None,
+        keep_predicted: bool = False,
         height: int | None = None,
         width: int | None = None,
         progress: Callable[[], Any] = lambda: None,
@@ -233,26 +232,28 @@ class DiffusionPolicy(nn.Module, ABC):
             guidance_scale: Weight of classifier-free guidance.
             generator: B generators; each draws its sample's initial noise, then the noise of its
                 stochastic steps in order.
+            latents: Initial noise [B, C, H, W], if it is not to be drawn.
             stochastic_steps: Indices of the steps that add noise, () for the deterministic
                 sampler; by default all that have a density.
+            keep_predicted: Keep the clean latents that each step's network output implies.
             height: Of the image in pixels; by default the model's.
             width: Of the image in pixels; by default the model's.
             progress: Called after each step.
         """
         self.scheduler.set_timesteps(num_inference_steps, self.device)
         noisy = self.scheduler.density_steps if stochastic_steps is None else stochastic_steps
-        latents = randn(self.latent_shape(height, width), generator, self.device)
-        path, log_probs = [latents], []
+        if latents is None:
+            latents = randn(self.latent_shape(height, width), generator, self.device)
+        path, steps = [latents], []
         for index, timestep in enumerate(self.scheduler.timesteps):
             timesteps = timestep.expand(len(latents))
-            output = self.predict(latents, timesteps, conditioning, guidance_scale)
-            step = self.scheduler.step(
-                output, timesteps, latents, generator=generator if index in noisy else None
-            )
-            latents = step.next_latents
-            path.append(latents)
-            log_probs.append(step.log_prob)
+            output = self.predict(path[-1], timesteps, conditioning, guidance_scale)
+            noise = generator if index in noisy else None
+            step = self.scheduler.step(output, timesteps, path[-1], generator=noise)
+            path.append(step.next_latents)
+            steps.append((step.log_prob, step.pred_original if keep_predicted else None))
             progress()
+        log_probs, predicted = zip(*steps, strict=True)
         return Trajectory(
             latents=torch.stack(path, dim=1),
             timesteps=self.scheduler.timesteps.expand(len(latents), -1),
@@ -260,6 +261,7 @@ class DiffusionPolicy(nn.Module, ABC):
             conditioning=conditioning,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
+            predicted=torch.stack(predicted, dim=1) if keep_predicted else None,
         )
 
     def replay(
@@ -277,6 +279,10 @@ class DiffusionPolicy(nn.Module, ABC):
         return self.scheduler.step(
             output, transition.timesteps, transition.latents, transition.next_latents
         )
+
+    def noise(self, generator: torch.Generator, count: int) -> Tensor:
+        """Return one draw of initial noise, `count` times: [count, C, H, W]."""
+        return randn(self.latent_shape(), [generator], self.device).expand(count, -1, -1, -1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """Return (C, H, W) of one sample's latents for an image of that size in pixels."""
@@ -342,20 +348,32 @@ class DiffusionPolicy(nn.Module, ABC):
         Its sum over the steps of samples drawn from p_theta estimates the divergence of the paths,
         a bound from above on that of the images. NaN where the step has no density.
         """
-        self.scheduler.set_timesteps(trajectory.num_inference_steps, self.device)
-        count = len(trajectory)
-        everyone = torch.arange(count, device=trajectory.log_probs.device)
-        unweighted = trajectory.log_probs.new_zeros(count)
-        recorded = trajectory.replace(advantages=unweighted, weights=unweighted)
         divergence = torch.full_like(trajectory.log_probs, torch.nan)
-        for index in self.scheduler.density_steps:
-            transition = recorded.transitions(everyone, torch.full_like(everyone, index))
+        for index, transition in self._recorded_steps(trajectory):
             step = self.replay(transition)
             with self.reference():
                 reference = self.replay(transition)
             per_dimension = gaussian_kl(step.mean, reference.mean, step.std)
             divergence[:, index] = per_dimension * step.mean[0].numel()
         return divergence
+
+    @torch.no_grad()
+    def replay_log_probs(self, trajectory: Trajectory) -> Tensor:
+        """Return the `log_probs` [B, T] that the current weights give to recorded steps."""
+        log_probs = torch.full_like(trajectory.log_probs, torch.nan)
+        for index, transition in self._recorded_steps(trajectory):
+            log_probs[:, index] = self.replay(transition).log_prob
+        return log_probs
+
+    def _recorded_steps(self, trajectory: Trajectory) -> Iterator[tuple[int, Transition]]:
+        """Yield the steps that have a density, each with the transitions of all samples."""
+        self.scheduler.set_timesteps(trajectory.num_inference_steps, self.device)
+        count = len(trajectory)
+        everyone = torch.arange(count, device=trajectory.log_probs.device)
+        unweighted = trajectory.log_probs.new_zeros(count)
+        recorded = trajectory.replace(advantages=unweighted, weights=unweighted, extras={})
+        for index in self.scheduler.density_steps:
+            yield index, recorded.transitions(everyone, torch.full_like(everyone, index))
 
     @contextmanager
     def use_adapter(self, name: str) -> Iterator[None]:

@@ -65,6 +65,18 @@ class StochasticScheduler(ABC):
             self._set_timesteps(num_inference_steps, torch.device(device))
             self._timetable = timetable
 
+    def check_density(self, method: str) -> None:
+        """Check that there are steps with a density.
+
+        Raises:
+            ValueError: If there is none, naming the method that learns from densities.
+        """
+        if not len(self.density_steps):
+            raise ValueError(
+                f"{method} needs a stochastic sampler: set `eta` above 0 (DDIM), or a `kind` other "
+                "than 'ode' and a positive `noise_level` (flow matching)."
+            )
+
     def step(
         self,
         model_output: Tensor,

@@ -85,7 +85,12 @@ def verify(images: Tensor, facts: Sequence[Facts]) -> Tensor:
 
 def detect(image: Tensor) -> list[Detection]:
     """Return the objects of one image [3, H, W] in [0, 1], largest first, at most five."""
-    return _detect(image.detach().float().cpu()[None])[1][0]
+    return detect_batch(image[None])[0]
+
+
+def detect_batch(images: Tensor) -> list[list[Detection]]:
+    """Return the objects of each of the images [B, 3, H, W], as `detect` does."""
+    return _detect(images.detach().float().cpu())[1]
 
 
 def _detect(images: Tensor) -> tuple[Tensor, list[list[Detection]]]:
@@ -214,7 +219,7 @@ def _ramp(value: float, ends: tuple[float, float]) -> float:
 
 
 def _score(ground: Tensor, found: list[Detection], facts: Facts) -> float:
-    matches, assigned = _assign(found, facts.objects)
+    matches, assigned = assign(found, facts.objects)
     scores = [*matches, float(len(found) == len(facts.objects))]
     if facts.background is not None:
         distance = (_BACKGROUND_TABLE - ground).norm(dim=-1)
@@ -225,10 +230,18 @@ def _score(ground: Tensor, found: list[Detection], facts: Facts) -> float:
     return sum(scores) / len(scores)
 
 
-def _assign(
+def assign(
     found: list[Detection], wanted: tuple[ObjectFacts, ...]
 ) -> tuple[list[float], tuple[Detection | None, ...]]:
-    """Return the matches of the best one-to-one assignment, and the objects assigned."""
+    """Return the matches of the best one-to-one assignment, and the objects assigned.
+
+    Args:
+        found: What an image shows.
+        wanted: What its caption names.
+
+    Returns:
+        For each object named, its match in [0, 1] and the object assigned, None if there is none.
+    """
     pool: list[Detection | None] = [*found, *[None] * len(wanted)]
     best: tuple[list[float], tuple[Detection | None, ...]] = ([-1.0], ())
     for picked in itertools.permutations(pool, len(wanted)):

@@ -119,6 +119,10 @@ class FakeCollector:
 
     minibatches_in_flight = 0
 
+    @property
+    def minibatches_per_round(self):
+        return self.plan.minibatches
+
     def __init__(self, plan, lost=0):
         self.plan, self.lost, self.collected = plan, lost, []
 

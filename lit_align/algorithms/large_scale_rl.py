@@ -1,0 +1,218 @@
+"""Large-scale reinforcement learning of diffusion models (arXiv:2401.12244).
+
+Algorithm 1, one round:
+
+    for each task (reward, prompts):
+        sample x_T..x_0 ~ p_theta for its prompts,  r = reward(x_0, prompt), also of whole groups
+        A = (r - mean) / (std + eps) over the task's batch, clipped to +-adv_clip_max
+        for each of a few steps t, drawn for the round, over all samples:
+            rho = p_theta(x_{t-1} | x_t) / p_old(x_{t-1} | x_t)
+            L = max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)), one gradient step
+    on image-text pairs: L_pre = |eps - eps_theta(x_t, t, text)|^2, one gradient step
+
+Later tasks sample from the weights that earlier ones have updated.
+
+Deviations:
+    1. The paper's objective J + beta L_pre has a sign to be read as -J + beta L_pre, minimised.
+       Its algorithm takes a separate step on L_pre ("separate", the default, where beta weighs
+       the step's gradient against the clipping threshold only); "weighted" adds beta L_pre to
+       every loss.
+    2. The loss is a mean over samples and steps; the official code sums over the batch.
+    3. The drawn steps are the same on all processes, as one generator decides them.
+    4. log p is averaged over the latent's elements, as in the official code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_align.algorithms.online import Logs, OnlineModule
+from lit_align.algorithms.tasks import Task, chain_tasks
+from lit_align.data.experience import ExperienceLoader
+from lit_align.data.image_text import PairStream
+from lit_align.data.planner import MinibatchOrder, RoundPlan, StepChoice
+from lit_align.functional.advantages import AdvantageNorm
+from lit_align.functional.noise import keyed_generator, randn
+from lit_align.functional.policy_gradient import clipped_surrogate, ratio_diagnostics
+from lit_align.policies.base import DiffusionPolicy
+from lit_align.rewards.base import RewardModule
+from lit_align.trajectory import PairBatch, Trajectory, Transition
+
+
+def denoising_loss(policy: DiffusionPolicy, pairs: PairBatch, seed: int) -> Tensor:
+    """Return the pretraining loss of each pair [N]: the error of the network's output.
+
+    ``mean |target - network(noised latents, t, prompt)|^2`` at a time t drawn as in pretraining;
+    time and noise are keyed by the pair's place in the stream.
+    """
+    keys = [keyed_generator("pairs", seed, place) for place in pairs.positions.tolist()]
+    with torch.no_grad():
+        latents = policy.encode(pairs.images)
+        conditioning = policy.encode_prompt(pairs.prompts)
+    timesteps = torch.cat([policy.scheduler.sample_timesteps(1, g) for g in keys])
+    noise = randn(latents.shape[1:], keys, latents.device)
+    noised, target = policy.scheduler.corrupt(latents, noise, timesteps.to(latents.device))
+    output = policy.predict(noised, timesteps.to(latents.device), conditioning, guidance_scale=1)
+    return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+
+
+class LargeScaleRL(OnlineModule):
+    """Clipped policy gradient on one task or several, with a pretraining loss.
+
+    Give either `reward` and prompts, or `tasks` and a prompt list for each of them. The arguments
+    that are not listed are those of `OnlineModule`, with the paper's values.
+
+    Args:
+        tasks: What each task maximises, by name, in their order; `data.train` names their prompts.
+        pretraining: "separate" takes gradient steps on image-text pairs after the last task,
+            "weighted" adds their loss to every other; "none" needs no pairs.
+        pretraining_beta: Weight of the pretraining loss.
+        pretraining_batch_size: Pairs per minibatch and process.
+        pretraining_steps: Optimiser steps per round on pairs, for "separate".
+        clip_range: Of the importance ratio; 1e-4 on 64x64x4 latents.
+    """
+
+    minibatch_types: ClassVar[tuple[type, ...]] = (Transition, PairBatch)
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        reward: RewardModule | None = None,
+        eval_rewards: dict[str, RewardModule] | None = None,
+        tasks: dict[str, Task] | None = None,
+        pretraining: Literal["separate", "weighted", "none"] = "separate",
+        pretraining_beta: float = 1.0,
+        pretraining_batch_size: int = 16,
+        pretraining_steps: int = 1,
+        clip_range: float = 1e-4,
+        lr: float = 2e-6,
+        weight_decay: float = 1e-2,
+        guidance_scale: float = 7.0,
+        timestep_fraction: float = 0.1,
+        minibatch_order: MinibatchOrder = "timestep_major",
+        step_choice: StepChoice = "shared",
+        advantage_norm: AdvantageNorm = "batch",
+        advantage_eps: float | None = 1e-7,
+        std_unbiased: bool | None = True,
+        adv_clip_max: float | None = 10.0,
+        **options: Any,
+    ) -> None:
+        if (reward is None) == (not tasks):
+            raise ValueError("Give LargeScaleRL either a `reward` or `tasks`.")
+        scored = {name: task.reward for name, task in (tasks or {}).items()}
+        super().__init__(
+            policy, reward, {**scored, **(eval_rewards or {})}, lr=lr, weight_decay=weight_decay,
+            guidance_scale=guidance_scale, timestep_fraction=timestep_fraction,
+            minibatch_order=minibatch_order, step_choice=step_choice,
+            advantage_norm=advantage_norm, advantage_eps=advantage_eps, std_unbiased=std_unbiased,
+            adv_clip_max=adv_clip_max, **options,
+        )  # fmt: skip
+        if clip_range <= 0:
+            raise ValueError(f"`clip_range` must be positive, got {clip_range}.")
+        self.clip_range = clip_range
+        self.pretraining, self.pretraining_beta = pretraining, pretraining_beta
+        self.pretraining_batch_size = pretraining_batch_size
+        self.pretraining_steps = pretraining_steps
+        self.pairs: PairStream | None = None
+        self.tasks = tasks or {}
+        self.task = ""
+        if tasks:
+            self.trained_rewards = list(tasks)
+            self.begin(next(iter(tasks)))
+
+    def begin(self, name: str) -> None:
+        """Make it a task's turn."""
+        self.task, self.reward, self.reward_name = name, self.tasks[name].reward, name
+
+    @property
+    def noise_key(self) -> str:
+        """What the noise of rollouts is keyed by: no two tasks share theirs."""
+        return f"rollout {self.task}".rstrip()
+
+    @property
+    def plans(self) -> dict[str, RoundPlan]:
+        """The sizes and orders of the tasks' rounds, by name."""
+        return {n: t.resize(self.plan) for n, t in self.tasks.items()} or super().plans
+
+    def compute_targets(self, trajectory: Trajectory) -> Trajectory:
+        """Normalise the task's rewards of all processes into advantages."""
+        return trajectory.replace(advantages=self.normalised_rewards(trajectory))
+
+    def loss(self, minibatch: Transition | PairBatch) -> tuple[Tensor, Logs]:
+        """Return the surrogate of a minibatch, or the pretraining loss, or both."""
+        if isinstance(minibatch, PairBatch):
+            return self._pretraining_loss(minibatch)
+        step = self.policy.replay(minibatch, cfg_grad=self.cfg_grad)
+        log_ratio = step.log_prob - minibatch.old_log_prob
+        surrogate = clipped_surrogate(log_ratio.exp(), minibatch.advantages, self.clip_range)
+        loss = (minibatch.weights * surrogate).mean()
+        logs = ratio_diagnostics(log_ratio, self.clip_range)
+        if minibatch.pairs is None:
+            return loss, logs
+        pretraining, more = self._pretraining_loss(minibatch.pairs)
+        return loss + pretraining, logs | more
+
+    def _pretraining_loss(self, pairs: PairBatch) -> tuple[Tensor, Logs]:
+        loss = denoising_loss(self.policy, pairs, self.seed).mean()
+        return self.pretraining_beta * loss, {"train/pretraining_loss": loss}
+
+    def minibatches(
+        self, trajectory: Trajectory, round_index: int
+    ) -> Iterator[Transition | PairBatch]:
+        """Cut the task's round, with pairs in its minibatches or after those of the last task."""
+        names, counts = list(self.plans), [plan.minibatches for plan in self.plans.values()]
+        place = names.index(self.task)
+        first = round_index * sum(counts) + sum(counts[:place])
+        for number, transition in enumerate(super().minibatches(trajectory, round_index), first):
+            pairs = self._draw(number) if self.pretraining == "weighted" else None
+            yield transition.replace(pairs=pairs)
+        if place == len(names) - 1:
+            extra = self.pretraining_minibatches
+            yield from map(self._draw, range(round_index * extra, (round_index + 1) * extra))
+
+    def _draw(self, number: int) -> PairBatch:
+        assert self.pairs is not None
+        return self.pairs.batch(number, self.pretraining_batch_size)
+
+    @property
+    def pretraining_minibatches(self) -> int:
+        """Minibatches of pairs at a round's end."""
+        separate = self.pretraining == "separate"
+        return self.pretraining_steps * self.trainer.accumulate_grad_batches * separate
+
+    def minibatches_of(self, task: str) -> int:
+        """Return how many minibatches a task's turn yields."""
+        last = list(self.plans)[-1]
+        return self.plans[task].minibatches + self.pretraining_minibatches * (task == last)
+
+    @property
+    def minibatches_per_round(self) -> int:
+        """How many minibatches a round yields."""
+        return sum(map(self.minibatches_of, self.plans))
+
+    def experience(self, loader: Any, pairs: PairStream | None = None) -> Any:
+        """Return the loader of minibatches over prompts (by task) and pairs.
+
+        Raises:
+            ValueError: If there are pairs but no use for them, or the other way round, or the
+                prompts are not those of the tasks.
+        """
+        if (pairs is None) != (self.pretraining == "none"):
+            raise ValueError(
+                f"`pretraining: {self.pretraining}` {'needs' if pairs is None else 'has no use for'}"
+                " `data.init_args.pairs`, a data module of image-text pairs; add them or leave "
+                "them out, or change `pretraining`."
+            )
+        self.pairs = pairs
+        return super().experience(loader)
+
+    def _make_experience(self, loader: Any) -> Any:
+        beside = self.pairs.fingerprint if self.pairs is not None else ""
+        if not self.tasks:
+            return ExperienceLoader(self, loader, beside)
+        return chain_tasks(self, loader, beside)
