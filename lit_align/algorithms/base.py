@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_align.algorithms.checkpoint import check_identity, describe, keep_trainable
 from lit_align.algorithms.precision import check_precision, keep_float32
-from lit_align.algorithms.sharding import FSDP_MESSAGE, name_optimizer_states, shard, whole
+from lit_align.algorithms.sharding import check_strategy, name_optimizer_states, shard, whole
 from lit_align.functional.noise import sample_generators
 from lit_align.policies.base import DiffusionPolicy
-from lit_align.rewards.base import RewardModule
+from lit_align.rewards.base import RewardModule, quantize
 from lit_align.rewards.scoring import call_reward
 from lit_align.trajectory import PromptBatch
 
@@ -127,8 +126,7 @@ class AlignmentModule(LightningModule, ABC):
         if not any(p.requires_grad for p in self.policy.parameters()):
             raise ValueError("The policy has `train: none`; use 'lora' or 'full' to fit it.")
         check_precision(str(self.trainer.precision), self.policy)
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError(FSDP_MESSAGE)
+        check_strategy(self.trainer.strategy)
 
     def _check_reward(self, reward: RewardModule) -> None:
         images = torch.full((2, 3, *self.policy.image_size), 0.5, device=self.device)
@@ -300,8 +298,3 @@ class AlignmentModule(LightningModule, ABC):
 
     def _identity(self) -> dict[str, str]:
         return {"method": type(self).__name__, "policy": self.policy.fingerprint()}
-
-
-def quantize(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to the 256 levels that a file holds, so that scores refer to it."""
-    return (images * 255).round() / 255

@@ -13,10 +13,8 @@ Algorithm 1, one round:
 Later tasks sample from the weights that earlier ones have updated.
 
 Deviations:
-    1. The paper's objective J + beta L_pre has a sign to be read as -J + beta L_pre, minimised.
-       Its algorithm takes a separate step on L_pre ("separate", the default, where beta weighs
-       the step's gradient against the clipping threshold only); "weighted" adds beta L_pre to
-       every loss.
+    1. The paper prints J + beta L_pre; what is minimised is -J + beta L_pre ("weighted"). Its
+       algorithm takes a step of its own on L_pre instead ("separate", the default).
     2. The loss is a mean over samples and steps; the official code sums over the batch.
     3. The drawn steps are the same on all processes, as one generator decides them.
     4. log p is averaged over the latent's elements, as in the official code.
@@ -32,8 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_align.algorithms.online import Logs, OnlineModule
-from lit_align.algorithms.tasks import Task, chain_tasks
-from lit_align.data.experience import ExperienceLoader
+from lit_align.algorithms.tasks import Task, chain_tasks, check_pairs
 from lit_align.data.image_text import PairStream
 from lit_align.data.planner import MinibatchOrder, RoundPlan, StepChoice
 from lit_align.functional.advantages import AdvantageNorm
@@ -137,7 +134,13 @@ class LargeScaleRL(OnlineModule):
     @property
     def plans(self) -> dict[str, RoundPlan]:
         """The sizes and orders of the tasks' rounds, by name."""
-        return {n: t.resize(self.plan) for n, t in self.tasks.items()} or super().plans
+        common = super().plan
+        return {name: task.resize(common) for name, task in self.tasks.items()} or {"": common}
+
+    @property
+    def plan(self) -> RoundPlan:
+        """Those of the task whose turn it is."""
+        return self.plans[self.task]
 
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
         """Normalise the task's rewards of all processes into advantages."""
@@ -196,23 +199,10 @@ class LargeScaleRL(OnlineModule):
         return sum(map(self.minibatches_of, self.plans))
 
     def experience(self, loader: Any, pairs: PairStream | None = None) -> Any:
-        """Return the loader of minibatches over prompts (by task) and pairs.
-
-        Raises:
-            ValueError: If there are pairs but no use for them, or the other way round, or the
-                prompts are not those of the tasks.
-        """
-        if (pairs is None) != (self.pretraining == "none"):
-            raise ValueError(
-                f"`pretraining: {self.pretraining}` {'needs' if pairs is None else 'has no use for'}"
-                " `data.init_args.pairs`, a data module of image-text pairs; add them or leave "
-                "them out, or change `pretraining`."
-            )
+        """Return the loader of minibatches over prompts, by task, and pairs."""
+        check_pairs(pairs, self.pretraining)
         self.pairs = pairs
         return super().experience(loader)
 
     def _make_experience(self, loader: Any) -> Any:
-        beside = self.pairs.fingerprint if self.pairs is not None else ""
-        if not self.tasks:
-            return ExperienceLoader(self, loader, beside)
-        return chain_tasks(self, loader, beside)
+        return chain_tasks(self, loader, self.pairs.fingerprint if self.pairs else "")

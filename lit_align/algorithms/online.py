@@ -10,18 +10,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from lit_align.algorithms.base import AlignmentModule, quantize
+from lit_align.algorithms.base import AlignmentModule
 from lit_align.algorithms.checkpoint import PostponedSaves
-from lit_align.algorithms.rounds import sample_and_score
+from lit_align.algorithms.rounds import progress_bar, sample_and_score
 from lit_align.data.experience import ExperienceLoader
 from lit_align.data.image_text import PairStream
 from lit_align.data.planner import MinibatchOrder, RoundPlan, StepChoice
 from lit_align.functional.advantages import AdvantageNorm, RewardNormalizer
 from lit_align.functional.noise import keyed_generator, sample_generators
 from lit_align.policies.base import DiffusionPolicy
-from lit_align.rewards.base import RewardModule
+from lit_align.rewards.base import RewardModule, quantize
 from lit_align.rewards.scoring import check_background
 from lit_align.trajectory import PromptBatch, Trajectory, Transition
 
@@ -53,15 +52,11 @@ class OnlineModule(AlignmentModule, ABC):
         cfg_grad: Whether gradient also flows through the unconditional branch of guidance.
         background_rewards: Score each batch in a thread while the next one is sampled, for a
             pointwise reward that computes on the CPU or elsewhere.
-        advantage_norm: Mean and std that rewards are normalised by: of the prompt's recent rewards
-            ("per_prompt", arXiv:2305.13301), of the round ("batch", arXiv:2401.12244), of the
-            images of one prompt draw ("group", arXiv:2505.07818), or the mean there and the std
-            of the round ("group_mean", arXiv:2505.05470, code).
-        advantage_eps: Added to the std; by default 1e-6 for "per_prompt", else 1e-8.
-        std_unbiased: Whether variances are divided by the count less one; by default for groups.
+        advantage_norm: Normalise rewards by those of the prompt so far ("per_prompt",
+            arXiv:2305.13301), of the round ("batch", arXiv:2401.12244), or of the images of one
+            prompt draw ("group", arXiv:2505.07818, "group_mean"), see `RewardNormalizer`, also
+            for `advantage_eps`, `std_unbiased`, `buffer_size` and `min_count`.
         adv_clip_max: Bound on normalised rewards; None for no bound.
-        buffer_size: Rewards kept per prompt, for "per_prompt".
-        min_count: With fewer, the round's statistics serve.
     """
 
     minibatch_types: ClassVar[tuple[type, ...]] = (Transition,)
@@ -125,16 +120,15 @@ class OnlineModule(AlignmentModule, ABC):
 
     def rollout(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Sample one trajectory per prompt of the batch and decode its image."""
-        key = (self.noise_key, self.seed, round_index)
-        with self._progress(len(batch) * self.num_inference_steps) as bar:
+        key, positions = (self.noise_key, self.seed, round_index), batch.positions.tolist()
+        shared = [keyed_generator("shared", *key) for _ in positions]
+        with progress_bar(self.trainer, len(batch) * self.num_inference_steps) as bar:
             trajectory = self.policy.sample(
                 self.policy.encode_prompt(batch.prompts),
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
-                generator=sample_generators(*key, batch.positions.tolist()),
-                latents=self.policy.noise(keyed_generator("shared", *key), len(batch))
-                if self.shared_init_noise
-                else None,
+                generator=sample_generators(*key, positions),
+                initial_generator=shared if self.shared_init_noise else None,
                 keep_predicted=self.keep_predicted,
                 progress=lambda: bar.update(len(batch)),
             )
@@ -308,7 +302,3 @@ class OnlineModule(AlignmentModule, ABC):
     def _count(self, guidance_scale: float, latents: int) -> None:
         branches = 1 if guidance_scale == 1 else 2
         self.counters["denoiser_calls"] += latents * branches * self.trainer.world_size
-
-    def _progress(self, total: int) -> Any:
-        quiet = self.trainer.progress_bar_callback is None or self.trainer.global_rank > 0
-        return tqdm(total=total, desc="Rollout", unit="call", leave=False, disable=quiet)

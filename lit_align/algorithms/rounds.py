@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lit_align.rewards.scoring import RewardError, in_thread
 from lit_align.trajectory import PromptBatch, Trajectory
@@ -75,3 +77,9 @@ def _check_rewards(module: OnlineModule, rewards: Tensor) -> dict[str, float]:
         f"rollout/reward_std/{name}": float(valid.std(correction=0)),
         "rollout/invalid": float(invalid),
     }
+
+
+def progress_bar(trainer: Trainer, total: int) -> Any:
+    """Return a bar over the network calls of a rollout, silent where the trainer has none."""
+    quiet = trainer.progress_bar_callback is None or trainer.global_rank > 0
+    return tqdm(total=total, desc="Rollout", unit="call", leave=False, disable=quiet)

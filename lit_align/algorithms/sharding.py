@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,6 +29,12 @@ FSDP_MESSAGE = (
     "`strategy: fsdp` (FSDP1) cannot run several forwards per backward; use `strategy: ddp`, or "
     "FSDP2, Lightning's ModelParallelStrategy: add `--config configs/scale/fsdp2.yaml`."
 )
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse FSDP1; raises ValueError with what to use instead."""
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(FSDP_MESSAGE)
 
 
 def shard(module: LightningModule, policy: DiffusionPolicy) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lit_align.data.experience import ChainedLoader, ExperienceLoader
+from lit_align.data.image_text import PairStream
 from lit_align.data.planner import RoundPlan
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import PairBatch, PromptBatch, Trajectory, Transition
@@ -82,18 +83,36 @@ class TaskRounds:
         yield from self.module.minibatches(trajectory, round_index)
 
 
-def chain_tasks(module: LargeScaleRL, prompts: Any, beside: str) -> ChainedLoader:
-    """Return the loader that takes the tasks in turn.
+def check_pairs(pairs: PairStream | None, pretraining: str) -> None:
+    """Check that there are image-text pairs if, and only if, there is a use for them.
+
+    Raises:
+        ValueError: If not.
+    """
+    if (pairs is None) != (pretraining == "none"):
+        lack = "needs" if pairs is None else "has no use for"
+        raise ValueError(
+            f"`pretraining: {pretraining}` {lack} `data.init_args.pairs`, a data module of "
+            "image-text pairs; add or remove them, or change `pretraining`."
+        )
+
+
+def chain_tasks(
+    module: LargeScaleRL, prompts: Any, beside: str
+) -> ChainedLoader | ExperienceLoader:
+    """Return the loader that takes the tasks in turn, or the module's own if it has none.
 
     Args:
         module: Has the tasks.
-        prompts: A `PromptLoader` for each of them, by name.
+        prompts: A `PromptLoader` for each of them, by name; just one without tasks.
         beside: See `ExperienceLoader`.
 
     Raises:
         ValueError: If the prompts are not those of the tasks.
     """
     given = sorted(prompts) if isinstance(prompts, dict) else "one list for all"
+    if not module.tasks and not isinstance(prompts, dict):
+        return ExperienceLoader(module, prompts, beside)
     if given != sorted(module.tasks):
         raise ValueError(
             f"`data.init_args.train` must name a prompt list for each of the tasks "

@@ -30,7 +30,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_align.algorithms.base import quantize
 from lit_align.algorithms.online import Logs, OnlineModule
 from lit_align.data.planner import MinibatchOrder, StepChoice
 from lit_align.functional.advantages import batch_advantages, discounted_returns
@@ -38,7 +37,7 @@ from lit_align.functional.noise import sample_keys
 from lit_align.functional.penalty import AdaptiveCoefficient, PenaltyKind, divergence_penalty
 from lit_align.functional.policy_gradient import clipped_surrogate, ratio_diagnostics
 from lit_align.policies.base import DiffusionPolicy
-from lit_align.rewards.base import RewardModule
+from lit_align.rewards.base import RewardModule, quantize
 from lit_align.trajectory import PromptBatch, Trajectory, Transition
 
 
@@ -63,8 +62,7 @@ def clipped_value_loss(
 class TDPO(OnlineModule):
     """Policy gradient step by step, against a temporal critic.
 
-    The arguments that are not listed are those of `OnlineModule`. An update takes samples of one
-    step only: `minibatch_size` times `trainer.accumulate_grad_batches` must divide the samples.
+    The arguments that are not listed are those of `OnlineModule`.
 
     Args:
         critic: A `TemporalCritic`.
@@ -116,10 +114,8 @@ class TDPO(OnlineModule):
         if critic is None:
             raise ValueError("TDPO needs a `critic`: a TemporalCritic with a `tower`.")
         if clip_range <= 0 or not 0 <= gamma <= 1:
-            raise ValueError(
-                f"`clip_range` must be positive and `gamma` lie in [0, 1], got {clip_range} and "
-                f"{gamma}."
-            )
+            given = f"{clip_range} and {gamma}"
+            raise ValueError(f"`clip_range` must be > 0 and `gamma` in [0, 1], got {given}.")
         self.critic: Any = critic
         self.lr_critic, self.critic_weight_decay = lr_critic, critic_weight_decay
         self.keep_predicted = critic_input == "x0_hat"

@@ -3,16 +3,19 @@
     python -m lit_align.benchmarks.grid --runs configs/ddpo/runs.yaml
 
 Finished runs are skipped and broken ones resumed, so the command may be repeated. Each run leaves
-one small CSV, `results/<run>_seed<N>.csv` beside the list: the validation rows of its metrics.
+one small CSV, `results/<run>_seed<N>.csv` beside the list: the validation rows of its metrics. If
+the list names other columns under `columns`, a second one, `..._steps.csv`, holds their rows.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +23,40 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from lit_align.run_folder import newest_checkpoint, validation_rows
+from lit_align.run_folder import newest_checkpoint, read_metrics, validation_rows
 
 Rows = list[dict[str, float]]
 _RUNS_DIR = "runs/grid"
 
 
-def grid(runs: str, only: str | None = None, draw_only: bool = False) -> None:
+def grid(runs: str, only: str | None = None, draw_only: bool = False, workers: int = 1) -> None:
     """Run what is missing, then draw.
 
     Args:
         runs: A YAML file with `seeds`, and under `runs` a configuration and options per name.
         only: Run only the names that contain this.
         draw_only: Run nothing.
+        workers: Runs at a time, which share the processor's cores.
     """
     path = Path(runs)
     listed: Any = OmegaConf.to_container(OmegaConf.load(path))
     results = path.parent / "results"
     results.mkdir(exist_ok=True)
-    for name, run in listed["runs"].items():
-        for seed in listed["seeds"]:
-            table = results / f"{name}_seed{seed}.csv"
-            if not (draw_only or table.exists() or (only and only not in name)):
-                _run(f"{name}_seed{seed}", run, seed, table)
+    missing = [
+        (f"{name}_seed{seed}", run, seed, results / f"{name}_seed{seed}.csv")
+        for seed in listed["seeds"]
+        for name, run in listed["runs"].items()
+        if not (draw_only or (only and only not in name))
+    ]
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    with ThreadPoolExecutor(workers) as pool:
+        started = [
+            pool.submit(_run, name, run, seed, table, listed.get("columns", []))
+            for name, run, seed, table in missing
+            if not table.exists()
+        ]
+        for future in started:
+            future.result()
     curves = {name: _read_all(results, name, listed["seeds"]) for name in listed["runs"]}
     summary = summarise(curves, listed["runs"])
     (results / "summary.md").write_text(summary, encoding="utf-8")
@@ -50,7 +64,7 @@ def grid(runs: str, only: str | None = None, draw_only: bool = False) -> None:
     _draw(curves, listed["runs"]).savefig(results / "curves.png")
 
 
-def _run(name: str, run: dict[str, Any], seed: int, table: Path) -> None:
+def _run(name: str, run: dict[str, Any], seed: int, table: Path, columns: list[str]) -> None:
     words = ["fit", "--config", run["config"], "--name", name, "--runs_dir", _RUNS_DIR]
     words += ["--seed_everything", str(seed), "--model.init_args.seed", str(seed)]
     words += ["--trainer.enable_progress_bar", "false", *run.get("options", [])]
@@ -59,9 +73,17 @@ def _run(name: str, run: dict[str, Any], seed: int, table: Path) -> None:
     print(f"== {name}", flush=True)
     subprocess.run([sys.executable, "-m", "lit_align", *words], check=True)
     written = Path(_RUNS_DIR, name).glob("version_*/metrics.csv")
-    rows = validation_rows(max(written, key=lambda path: path.stat().st_mtime))
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    metrics = max(written, key=lambda path: path.stat().st_mtime)
+    if columns:
+        rows = [{n: row.get(n, "") for n in ("step", *columns)} for row in read_metrics(metrics)]
+        known = [row for row in rows if any(row[name] for name in columns)]
+        _write(table.with_name(f"{name}_steps.csv"), known)
+    _write(table, validation_rows(metrics))
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["step"])
         writer.writeheader()
         writer.writerows(rows)
 

@@ -113,9 +113,8 @@ class NeuronResetCallback(Callback):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be in {known}, got {getattr(self, name)!r}.")
         for name in ("tau", "extra_tau", "init_std"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {value}.")
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         for name in ("every_n_steps", "probe_every_n_steps", "probe_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
@@ -269,8 +268,9 @@ def find_layers(module: nn.Module) -> list[Layer]:
     is_lora = bool(chains)
     if not is_lora:
         known: set[nn.Module] = set()  # a layer may be a member of several containers
+        runs = [run for name, part in parts for run in _runs(name, part)]
         singles = [[(name or "self", part)] for name, part in parts if _is_trained(part)]
-        for chain in [*(run for name, part in parts for run in _runs(name, part)), *singles]:
+        for chain in sorted([*runs, *singles], key=len, reverse=True):
             if known.isdisjoint(layer for _, layer in chain):
                 known.update(layer for _, layer in chain)
                 chains.append(chain)

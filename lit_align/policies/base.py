@@ -217,7 +217,7 @@ class DiffusionPolicy(nn.Module, ABC):
         num_inference_steps: int,
         guidance_scale: float,
         generator: Sequence[torch.Generator],
-        latents: Tensor | None = None,
+        initial_generator: Sequence[torch.Generator] | None = None,
         stochastic_steps: Collection[int] | None = None,
         keep_predicted: bool = False,
         height: int | None = None,
@@ -232,7 +232,7 @@ class DiffusionPolicy(nn.Module, ABC):
             guidance_scale: Weight of classifier-free guidance.
             generator: B generators; each draws its sample's initial noise, then the noise of its
                 stochastic steps in order.
-            latents: Initial noise [B, C, H, W], if it is not to be drawn.
+            initial_generator: B generators to draw the initial noise from instead.
             stochastic_steps: Indices of the steps that add noise, () for the deterministic
                 sampler; by default all that have a density.
             keep_predicted: Keep the clean latents that each step's network output implies.
@@ -242,8 +242,8 @@ class DiffusionPolicy(nn.Module, ABC):
         """
         self.scheduler.set_timesteps(num_inference_steps, self.device)
         noisy = self.scheduler.density_steps if stochastic_steps is None else stochastic_steps
-        if latents is None:
-            latents = randn(self.latent_shape(height, width), generator, self.device)
+        shape, first = self.latent_shape(height, width), initial_generator or generator
+        latents = randn(shape, first, self.device)
         path, steps = [latents], []
         for index, timestep in enumerate(self.scheduler.timesteps):
             timesteps = timestep.expand(len(latents))
@@ -279,10 +279,6 @@ class DiffusionPolicy(nn.Module, ABC):
         return self.scheduler.step(
             output, transition.timesteps, transition.latents, transition.next_latents
         )
-
-    def noise(self, generator: torch.Generator, count: int) -> Tensor:
-        """Return one draw of initial noise, `count` times: [count, C, H, W]."""
-        return randn(self.latent_shape(), [generator], self.device).expand(count, -1, -1, -1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """Return (C, H, W) of one sample's latents for an image of that size in pixels."""

@@ -90,3 +90,8 @@ def checked_scores(reward: RewardModule, scores: Any, batch: int) -> Tensor:
 def uint8_images(images: Tensor) -> Tensor:
     """Return images [B, 3, H, W] in [0, 1] as rounded uint8 [B, H, W, 3] on the CPU."""
     return (images.detach() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
+
+
+def quantize(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to the 256 levels that a file holds, so that scores refer to it."""
+    return (images * 255).round() / 255

@@ -41,8 +41,8 @@ class DistributionParity(RewardModule):
 
     With `credit: shared` all images of a group get this number, as in the paper: the advantages
     must then compare groups, so normalise them over the batch. With `credit: marginal` an image
-    of class a gets what more mass on its class would gain, see `marginal_parity`: positive for
-    rare classes, negative for frequent ones, 0 on average.
+    of class a also gets what more mass on its class would gain, see `marginal_parity`: positive
+    for rare classes, negative for frequent ones, 0 on average, so that means are still -SP.
 
     Args:
         classifier: See `Classifier`.
@@ -98,10 +98,9 @@ class DistributionParity(RewardModule):
         counts = one_hot.new_zeros(len(names), classes).index_add_(0, groups, one_hot)
         if self.scope == "batch" and dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
-        if self.credit == "shared":
-            scores = -parity(counts, target)[groups]
-        else:
-            scores = marginal_parity(counts, target)[groups, labels.clamp(min=0)]
+        scores = -parity(counts, target)[groups]
+        if self.credit == "marginal":
+            scores = scores + marginal_parity(counts, target)[groups, labels.clamp(min=0)]
         return scores.where(labels >= 0, torch.nan).float()
 
     def _classify(

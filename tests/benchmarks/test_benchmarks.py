@@ -49,7 +49,7 @@ def test_grid_skips_finished_runs_and_summarises(tmp_path, monkeypatch, capsys):
             ],
         )
     started = []
-    monkeypatch.setattr(grid, "_run", lambda name, run, seed, table: started.append(name))
+    monkeypatch.setattr(grid, "_run", lambda name, run, seed, table, columns: started.append(name))
     grid.grid(str(tmp_path / "runs.yaml"))
     assert started == ["b_seed0", "b_seed1"]
     summary = (results / "summary.md").read_text()

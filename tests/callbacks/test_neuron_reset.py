@@ -200,9 +200,9 @@ def test_linear_layers_that_feed_each_other_are_chains():
     assert named(find_layers(nn.Sequential(*parts))) == [
         ("0", True, None),
         ("3", False, "0"),
-        ("5", True, None),  # 5 inputs from 4 outputs: another chain, that a convolution ends
         ("7", True, None),
         ("8", False, "7"),
+        ("5", True, None),  # 5 inputs from 4 outputs: another chain, that a convolution ends
         ("6", True, None),
     ]
     critic = Critic()
@@ -459,7 +459,7 @@ def test_lora_pairs_of_a_denoiser(outgoing):
     }
 
 
-def test_an_unfinished_reset_of_lora_leaves_the_others():
+def test_only_the_chosen_lora_neurons_change():
     module = make_ddpo()
     changed, _, callback = changed_by_reset(module, mode="dormant", tau=0.2)
     found = {name for name, mask in callback.dormant.items() if mask.any()}
@@ -481,7 +481,7 @@ def test_linear_and_convolutional_layers_of_a_denoiser():
     } - {"reset/count"}  # of many layers only what holds of all
 
 
-def test_guidance_and_lists_of_inputs():
+def test_a_guided_denoiser_is_measured_without_being_changed():
     module = make_ddpo(guidance_scale=2.0)
     changed, _, callback = changed_by_reset(module, mode="none")
     assert not changed

@@ -166,11 +166,12 @@ def test_marginal_credit_is_the_derivative_of_the_parity(counts, target):
 def test_marginal_credit_by_hand():
     # p - t = (.25, .25, -.25, -.25), SP = .5, sum of p (p - t) = .25
     scores = score(DistributionParity(Brightness(), credit="marginal"), [0, 1, 0, 1])
-    assert scores.tolist() == [0, 0, 0, 0]
+    assert scores.tolist() == scores_of([-0.5] * 4)  # and no image's share differs
     # p - t = (.5, 0, -.25, -.25), SP = sqrt(.375), sum of p (p - t) = .375
     scores = score(DistributionParity(Brightness(), credit="marginal"), [0, 1, 0, 0])
-    common, rare = -0.125 / 0.375**0.5, 0.375**0.5
+    common, rare = -0.125 / 0.375**0.5 - 0.375**0.5, 0.375**0.5 - 0.375**0.5
     assert scores.tolist() == scores_of([common, rare, common, common])
+    assert scores.mean().item() == pytest.approx(-(0.375**0.5))  # the mean is still -SP
     assert marginal_parity(torch.tensor([3, 3, 3, 3]), UNIFORM).tolist() == [0, 0, 0, 0]
 
 
@@ -186,8 +187,9 @@ def test_a_batch_is_counted_as_a_whole():
     scores = score(reward, labels, [0, 0, 1, 1, 2, 2])
     assert scores[4].isnan()
     torch.testing.assert_close(scores, score(reward, labels), equal_nan=True)
-    credit = marginal_parity(torch.tensor([3, 1, 0, 1]), UNIFORM).float()
-    assert torch.equal(scores[[0, 1, 2, 3, 5]], credit[[0, 0, 1, 3, 0]])
+    counts = torch.tensor([3, 1, 0, 1])
+    credit = (marginal_parity(counts, UNIFORM) - parity(counts, UNIFORM)).float()
+    torch.testing.assert_close(scores[[0, 1, 2, 3, 5]], credit[[0, 0, 1, 3, 0]])
     assert DistributionParity(Brightness()).granularity == "groupwise"
     assert DistributionParity.granularity == "pointwise"
 
@@ -367,7 +369,7 @@ def test_parity_of_the_biased_world():
     assert 0.4 < -shared[0] < 0.7
     credit = DistributionParity(ShapesColor(), credit="marginal")(images, prompts)
     red = ShapesColor()(images, prompts)[:, 0] == 1
-    assert credit[red].max() < 0 < credit[~red].min()
+    assert credit[red].max() < shared[0] < credit[~red].min()
 
 
 # Diversity.
