@@ -1,11 +1,17 @@
 """Every YAML in configs/ is a complete run that the command line accepts."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import DDIMScheduler
 
+from lit_align.algorithms.tasks import Task
 from lit_align.cli import main
+from lit_align.data.planner import RoundPlan
+from lit_align.schedulers import StochasticDDIM
 
 ROOT = Path(__file__).parent.parent
 OVERLAYS = sorted((ROOT / "configs" / "scale").glob("*.yaml"))
@@ -60,6 +66,94 @@ def test_configuration_for_the_shapes_world_trains_on_one_batch(path):
     main(
         ["fit", "--config", str(path), *(word for k, v in small.items() for word in (f"--{k}", v))]
     )
+
+
+def parsed(path, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(path), "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def plans_of(options):
+    """Return the plans of a round of Stable Diffusion, by task, from a parsed configuration."""
+    scheduler = StochasticDDIM(DDIMScheduler(steps_offset=1, clip_sample=False))
+    scheduler.set_timesteps(options["num_inference_steps"])
+    steps = tuple(scheduler.density_steps)
+    steps = steps[:-1] if options["drop_last_step"] else steps
+    own = {field.name for field in dataclasses.fields(RoundPlan)} & set(options)
+    plan = RoundPlan(
+        steps=steps,
+        trained_steps=int(len(steps) * options["timestep_fraction"]),
+        **{name: options[name] for name in own},
+    )
+    sizes = ("prompts_per_round", "samples_per_prompt")
+    return {
+        name: Task(None, *(task[size] for size in sizes)).resize(plan)
+        for name, task in (options.get("tasks") or {"": dict.fromkeys(sizes)}).items()
+    }
+
+
+# Of a round: images, updates, and on how many GPUs it also runs.
+ROUNDS = {
+    "ddpo/sd15_jpeg.yaml": (256, 4, (1, 8)),
+    "ddpo/sd14_grpo.yaml": (512, 2, (1, 8)),
+    "tdpo/sd14_jpeg.yaml": (256, 100, (1, 8)),
+    "large_scale_rl/sd2_multi.yaml": (2048, 5, (1, 8, 64)),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_headers_tell_the_arithmetic_of_a_round(name, capsys):
+    images, updates, worlds = ROUNDS[name]
+    path = ROOT / "configs" / name
+    printed = parsed(path, capsys)
+    accumulate = printed["trainer"]["accumulate_grad_batches"]
+    header = " ".join(
+        line[1:].strip() for line in path.read_text().partition("\nname:")[0].split("\n")
+    )
+    for plan in plans_of(printed["model"]["init_args"]).values():
+        pairs = images * plan.trained_steps
+        assert f"{images:,} samples x {plan.trained_steps} " in header
+        assert f"= {pairs:,} pairs" in header
+        assert f"{pairs // plan.minibatch_size:,} minibatches of {plan.minibatch_size}" in header
+        assert f"{updates} updates" in header
+        assert f"(accumulate_grad_batches {accumulate})" in header
+        for world_size in worlds:
+            share = dataclasses.replace(plan, world_size=world_size)
+            assert accumulate % world_size == 0
+            share.check(accumulate // world_size)
+            assert share.minibatches // (accumulate // world_size) == updates
+            if 1 < world_size == worlds[-1]:
+                assert f"accumulate_grad_batches {accumulate // world_size}" in header
+
+
+def test_neurons_are_reset_every_ten_rounds_as_in_the_paper(capsys):
+    callbacks = parsed(ROOT / "configs/tdpo/sd14_jpeg.yaml", capsys)["trainer"]["callbacks"]
+    (reset,) = (
+        c["init_args"] for c in callbacks if c["class_path"].endswith("NeuronResetCallback")
+    )
+    _, updates, worlds = ROUNDS["tdpo/sd14_jpeg.yaml"]
+    assert reset["every_n_steps"] == 10 * updates
+    assert reset["probe_size"] * worlds[-1] == 64
+
+
+def test_commented_tasks_can_be_taken_in(tmp_path, capsys):
+    text = (ROOT / "configs/large_scale_rl/sd2_multi.yaml").read_text()
+    text = re.sub(r"(?m)^( +)# ", r"\1", text)
+    text = re.sub(r"my_package\.\w+", "torch.nn.Identity", text)
+    path = tmp_path / "all.yaml"
+    path.write_text(text)
+    printed = parsed(path, capsys)
+    plans = plans_of(printed["model"]["init_args"])
+    assert list(plans) == list(printed["data"]["init_args"]["train"])
+    assert list(plans) == ["preference", "composition", "fairness"]
+    assert {plan.samples for plan in plans.values()} == {2048}
+    assert (plans["fairness"].prompts_per_round, plans["fairness"].samples_per_prompt) == (128, 16)
+    accumulate = printed["trainer"]["accumulate_grad_batches"]
+    for plan in plans.values():
+        plan.check(accumulate)
+        assert plan.minibatches // accumulate == 5
+        dataclasses.replace(plan, world_size=64).check(accumulate // 64)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=ids)

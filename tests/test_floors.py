@@ -33,7 +33,7 @@ OUTSIDE = {
     "rewards": {"torch", "transformers", "open_clip", "PIL"},
     "metrics": {"torch", "torchmetrics"},
     "data": {"torch", "numpy", "PIL", "lightning"},
-    "policies": {"torch", "diffusers", "transformers", "peft"},
+    "policies": {"torch", "diffusers", "transformers", "peft", "open_clip"},
     "algorithms": {"torch", "lightning", "torchmetrics", "tqdm"},
     "callbacks": {"torch", "lightning", "matplotlib", "numpy"},
 }

@@ -8,22 +8,20 @@ Algorithm 1, one round:
         for each of a few steps t, drawn for the round, over all samples:
             rho = p_theta(x_{t-1} | x_t) / p_old(x_{t-1} | x_t)
             L = max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)), one gradient step
+        (the next task samples from the updated weights)
     on image-text pairs: L_pre = |eps - eps_theta(x_t, t, text)|^2, one gradient step
-
-Later tasks sample from the weights that earlier ones have updated.
 
 Deviations:
     1. The paper prints J + beta L_pre; what is minimised is -J + beta L_pre ("weighted"). Its
        algorithm takes a step of its own on L_pre instead ("separate", the default).
-    2. The loss is a mean over samples and steps; the official code sums over the batch.
+    2. Loss and log p are means over samples, steps and elements; the official code sums the loss.
     3. The drawn steps are the same on all processes, as one generator decides them.
-    4. log p is averaged over the latent's elements, as in the official code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +40,9 @@ from lit_align.trajectory import PairBatch, Trajectory, Transition
 
 
 def denoising_loss(policy: DiffusionPolicy, pairs: PairBatch, seed: int) -> Tensor:
-    """Return the pretraining loss of each pair [N]: the error of the network's output.
+    """Return ``mean |target - network(noised latents, t, prompt)|^2`` of each pair [N].
 
-    ``mean |target - network(noised latents, t, prompt)|^2`` at a time t drawn as in pretraining;
-    time and noise are keyed by the pair's place in the stream.
+    The time t is drawn as in pretraining; it and the noise are keyed by the place in the stream.
     """
     keys = [keyed_generator("pairs", seed, place) for place in pairs.positions.tolist()]
     with torch.no_grad():
@@ -61,8 +58,8 @@ def denoising_loss(policy: DiffusionPolicy, pairs: PairBatch, seed: int) -> Tens
 class LargeScaleRL(OnlineModule):
     """Clipped policy gradient on one task or several, with a pretraining loss.
 
-    Give either `reward` and prompts, or `tasks` and a prompt list for each of them. The arguments
-    that are not listed are those of `OnlineModule`, with the paper's values.
+    Give `reward`, or `tasks` and a prompt list for each of them. The arguments that are not listed
+    are those of `OnlineModule`, with the paper's values.
 
     Args:
         tasks: What each task maximises, by name, in their order; `data.train` names their prompts.
@@ -115,9 +112,8 @@ class LargeScaleRL(OnlineModule):
         self.pretraining, self.pretraining_beta = pretraining, pretraining_beta
         self.pretraining_batch_size = pretraining_batch_size
         self.pretraining_steps = pretraining_steps
-        self.pairs: PairStream | None = None
-        self.tasks = tasks or {}
-        self.task = ""
+        self.pairs: Any = None  # a `PairStream`, once there are loaders
+        self.tasks, self.task = tasks or {}, ""
         if tasks:
             self.trained_rewards = list(tasks)
             self.begin(next(iter(tasks)))
@@ -125,11 +121,7 @@ class LargeScaleRL(OnlineModule):
     def begin(self, name: str) -> None:
         """Make it a task's turn."""
         self.task, self.reward, self.reward_name = name, self.tasks[name].reward, name
-
-    @property
-    def noise_key(self) -> str:
-        """What the noise of rollouts is keyed by: no two tasks share theirs."""
-        return f"rollout {self.task}".rstrip()
+        self.noise_key = f"rollout {name}"  # no two tasks share theirs
 
     @property
     def plans(self) -> dict[str, RoundPlan]:
@@ -164,9 +156,7 @@ class LargeScaleRL(OnlineModule):
         loss = denoising_loss(self.policy, pairs, self.seed).mean()
         return self.pretraining_beta * loss, {"train/pretraining_loss": loss}
 
-    def minibatches(
-        self, trajectory: Trajectory, round_index: int
-    ) -> Iterator[Transition | PairBatch]:
+    def minibatches(self, trajectory: Trajectory, round_index: int) -> Iterator[Any]:
         """Cut the task's round, with pairs in its minibatches or after those of the last task."""
         names, counts = list(self.plans), [plan.minibatches for plan in self.plans.values()]
         place = names.index(self.task)
@@ -179,8 +169,7 @@ class LargeScaleRL(OnlineModule):
             yield from map(self._draw, range(round_index * extra, (round_index + 1) * extra))
 
     def _draw(self, number: int) -> PairBatch:
-        assert self.pairs is not None
-        return self.pairs.batch(number, self.pretraining_batch_size)
+        return cast(PairBatch, self.pairs.batch(number, self.pretraining_batch_size))
 
     @property
     def pretraining_minibatches(self) -> int:
@@ -195,7 +184,7 @@ class LargeScaleRL(OnlineModule):
 
     @property
     def minibatches_per_round(self) -> int:
-        """How many minibatches a round yields."""
+        """How many there are in all turns."""
         return sum(map(self.minibatches_of, self.plans))
 
     def experience(self, loader: Any, pairs: PairStream | None = None) -> Any:

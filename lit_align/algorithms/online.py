@@ -61,6 +61,7 @@ class OnlineModule(AlignmentModule, ABC):
 
     minibatch_types: ClassVar[tuple[type, ...]] = (Transition,)
     keep_predicted = False  # whether rollouts keep the clean latents that each step implies
+    noise_key = "rollout"  # of their noise, beside the seed and the round
 
     def __init__(
         self,
@@ -135,17 +136,8 @@ class OnlineModule(AlignmentModule, ABC):
         images = quantize(self.policy.decode(trajectory.latents[:, -1]))
         return trajectory.replace(batch=batch, images=images)
 
-    @property
-    def noise_key(self) -> str:
-        """What the noise of rollouts is keyed by, beside the seed and the round."""
-        return "rollout"
-
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
-        """Run one round: rollout, score, targets, in the trainer's precision and without grad.
-
-        Raises:
-            RewardError: If the reward fails, or for more images than `max_invalid_fraction`.
-        """
+        """Run one round: rollout, score, targets, in the trainer's precision and without grad."""
         started = time.perf_counter()
         trajectory, logs = sample_and_score(self, batch, round_index)
         self._round_logs |= logs
@@ -186,14 +178,13 @@ class OnlineModule(AlignmentModule, ABC):
 
     @property
     def minibatches_per_round(self) -> int:
-        """How many minibatches `minibatches` yields."""
+        """How many of them there are."""
         return self.plan.minibatches
 
     def experience(self, loader: Any, pairs: PairStream | None = None) -> Any:
         """Return the loader of minibatches over a `PromptLoader`, continued if restored."""
         self._experience = self._make_experience(super().experience(loader, pairs))
-        if self._experience_state is not None:
-            self._experience.load_state_dict(self._experience_state)
+        self._continue_experience()
         return self._experience
 
     def _make_experience(self, loader: Any) -> Any:
@@ -211,11 +202,13 @@ class OnlineModule(AlignmentModule, ABC):
         self._round_logs = dict(checkpoint["lit_align"]["round_logs"])
         for name, part in self.stateful.items():
             part.load_state_dict(checkpoint["lit_align"][name])
-        states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
-        if states:
-            self._experience_state = states[0]
-            if self._experience is not None:
-                self._experience.load_state_dict(states[0])
+        states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader") or [None]
+        self._experience_state = states[0]
+        self._continue_experience()
+
+    def _continue_experience(self) -> None:
+        if None not in (self._experience, self._experience_state):
+            self._experience.load_state_dict(self._experience_state)
 
     @property
     def minibatches_in_flight(self) -> int:

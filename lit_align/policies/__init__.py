@@ -4,5 +4,13 @@ from lit_align.policies.base import DiffusionPolicy
 from lit_align.policies.heads import TemporalCritic
 from lit_align.policies.sd3 import SD3Policy
 from lit_align.policies.stable_diffusion import StableDiffusionPolicy
+from lit_align.policies.towers import CLIPTower, OpenCLIPTower
 
-__all__ = ["DiffusionPolicy", "SD3Policy", "StableDiffusionPolicy", "TemporalCritic"]
+__all__ = [
+    "CLIPTower",
+    "DiffusionPolicy",
+    "OpenCLIPTower",
+    "SD3Policy",
+    "StableDiffusionPolicy",
+    "TemporalCritic",
+]

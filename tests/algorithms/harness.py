@@ -2,11 +2,21 @@
 
 import warnings
 
-from lightning.pytorch import Trainer
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from torch import nn
 
-from lit_align.algorithms import DDPO
+from lit_align.algorithms import DDPO, TDPO, LargeScaleRL, Task
+from lit_align.data.image_text import PairStream, ShapesPairs
 from lit_align.data.prompts import PromptLoader
-from lit_align.rewards import Colorfulness, ShapesVerifier
+from lit_align.policies.heads import TemporalCritic
+from lit_align.rewards import (
+    Colorfulness,
+    JPEGCompressibility,
+    ShapesVerifier,
+    WeightedReward,
+)
 from tests.conftest import tiny_policy
 
 PROMPTS = [
@@ -21,27 +31,68 @@ PROMPTS = [
 ]
 
 
+SIZES = {
+    "num_inference_steps": 3,
+    "guidance_scale": 1.0,
+    "prompts_per_round": 4,
+    "samples_per_prompt": 2,
+    "rollout_batch_size": 8,
+    "minibatch_size": 8,
+    "clip_range": 1e-3,
+    "advantage_norm": "batch",
+    "lr": 1e-2,
+}
+
+
 def make_ddpo(family="sd", train="lora", reward=None, policy_options=None, **options):
-    defaults = {
-        "num_inference_steps": 3,
-        "guidance_scale": 1.0,
-        "prompts_per_round": 4,
-        "samples_per_prompt": 2,
-        "rollout_batch_size": 8,
-        "minibatch_size": 8,
-        "clip_range": 1e-3,
-        "advantage_norm": "batch",
-        "lr": 1e-2,
-    }
     policy = tiny_policy(family, train=train, **(policy_options or {}))
+    return _make(DDPO, policy, reward or Colorfulness(), **options)
+
+
+class TinyTower(nn.Module):
+    """Embeds images by a random projection."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.projection = nn.Parameter(torch.randn(3 * 32 * 32, 8, generator=generator))
+
+    def embed_images(self, images):
+        return F.normalize(images.flatten(1) @ self.projection)
+
+
+def tiny_critic():
+    return TemporalCritic(TinyTower(), hidden=(16, 8), dropout=(0.2,))
+
+
+def make_tdpo(family="sd", train="lora", reward=None, policy_options=None, **options):
+    policy = tiny_policy(family, train=train, **(policy_options or {}))
+    options = {"critic": tiny_critic(), "lr_critic": 1e-2, "minibatch_size": 4, **options}
+    return _make(TDPO, policy, reward or Colorfulness(), **options)
+
+
+def make_large_scale_rl(family="sd", train="lora", reward=None, policy_options=None, **options):
+    """Two tasks of 8 images, of 4 prompts and of 2, and then 4 pairs; `reward` is the first's."""
+    policy = tiny_policy(family, train=train, **(policy_options or {}))
+    tasks = {
+        "color": Task(reward or Colorfulness()),
+        "size": Task(JPEGCompressibility(), prompts_per_round=2, samples_per_prompt=4),
+    }
+    sizes = {"timestep_fraction": 0.7, "minibatch_size": 4, "pretraining_batch_size": 4}
+    return _make(LargeScaleRL, policy, None, **{"tasks": tasks, **sizes, **options})
+
+
+def _make(method, policy, reward, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # modules passed as arguments, which is meant
-        return DDPO(
-            policy,
-            reward or Colorfulness(),
-            {"gold": ShapesVerifier()},
-            **{**defaults, **options},
-        )
+        return method(policy, reward, {"gold": ShapesVerifier()}, **{**SIZES, **options})
+
+
+METHODS = {"DDPO": make_ddpo, "TDPO": make_tdpo, "LargeScaleRL": make_large_scale_rl}
+
+
+def make_method(name, family="sd", train="lora", **options):
+    return METHODS[name](family, train, **options)
 
 
 def make_trainer(**options):
@@ -59,12 +110,43 @@ def make_trainer(**options):
     )
 
 
-def prompt_loader(**options):
-    return PromptLoader([(p, None) for p in PROMPTS], 4, **{"shuffle": True, **options})
+def prompt_loader(prompts=PROMPTS, **options):
+    return PromptLoader([(p, None) for p in prompts], 4, **{"shuffle": True, **options})
 
 
-def fit(module, val=False, **options):
+def experience_of(module, rank=0, world_size=1):
+    """Return the training loader of a method: over prompts, or those of its tasks, and pairs."""
+    dealt = {"rank": rank, "world_size": world_size}
+    tasks = getattr(module, "tasks", {})
+    loaders = {
+        task: prompt_loader(PROMPTS[number:], **dealt) for number, task in enumerate(tasks)
+    } or prompt_loader(**dealt)
+    if getattr(module, "pretraining", "none") == "none":
+        return module.experience(loaders)
+    return module.experience(loaders, PairStream(ShapesPairs(size=16, seed=0), 0, **dealt))
+
+
+def fit(module, val=False, resume=None, **options):
     trainer = make_trainer(**options)
     loader = prompt_loader(shuffle=False) if val else None
-    trainer.fit(module, module.experience(prompt_loader()), loader)
+    trainer.fit(module, experience_of(module), loader, ckpt_path=resume, weights_only=True)
     return trainer
+
+
+class Recorder(Callback):
+    """Keeps what each training step logged, and every gradient before the optimiser steps."""
+
+    def __init__(self):
+        self.metrics, self.gradients = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append(
+            {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+        )
+
+
+def weights(module, trainable):
+    return {n: p.clone() for n, p in module.named_parameters() if p.requires_grad == trainable}

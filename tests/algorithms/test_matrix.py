@@ -1,0 +1,183 @@
+"""What holds for every online method."""
+
+import inspect
+import random
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_align import algorithms
+from lit_align.algorithms import OnlineModule
+from lit_align.rewards import Colorfulness, ShapesCLIP, WeightedReward
+from tests.algorithms.harness import METHODS, Recorder, fit, make_method, weights
+
+ATOL = 1e-6
+UPDATES = {  # a round's steps x samples / minibatch, of two tasks each with one more on pairs
+    "DDPO": {"sd": 3 * 8 // 8, "sd3": 2 * 8 // 8},
+    "TDPO": {"sd": 3 * 8 // 4, "sd3": 2 * 8 // 4},
+    "LargeScaleRL": {"sd": 2 * (2 * 8 // 4) + 1, "sd3": 2 * (1 * 8 // 4) + 1},
+}
+# In SD3's last block nothing reads the text's new states, and so nothing asks for its queries.
+UNREAD = "transformer_blocks.1.attn.add_q_proj"
+
+all_methods = pytest.mark.parametrize("name", METHODS)
+all_cases = pytest.mark.parametrize(("family", "train"), [("sd", "lora"), ("sd3", "full")])
+
+
+def test_every_online_method_is_here():
+    public = [getattr(algorithms, name) for name in algorithms.__all__]
+    online = {
+        method.__name__
+        for method in public
+        if issubclass(method, OnlineModule) and not inspect.isabstract(method)
+    }
+    assert set(METHODS) == set(UPDATES) == online
+
+
+def frozen_parts(module):
+    """Return what no method may train, also what is outside the module tree."""
+    parts = weights(module, False)
+    for name, reward in module.rewards.items():
+        parts |= {f"{name}.{n}": p for n, p in reward.named_parameters()}
+    if hasattr(module, "critic"):
+        parts |= {f"tower.{n}": p for n, p in module.critic.tower.named_parameters()}
+    return parts
+
+
+@all_methods
+@pytest.mark.parametrize(
+    ("family", "train", "guidance_scale"),
+    [("sd", "lora", 2.0), ("sd", "full", 1.0), ("sd3", "lora", 1.0), ("sd3", "full", 2.0)],
+)
+def test_one_round(name, family, train, guidance_scale):
+    """Only trainable weights move, all of them; before an update the policy is that which sampled.
+
+    The first factors of LoRA pairs have no gradient as long as the second are zero.
+    """
+    decay = {"critic_weight_decay": 0.0} if name == "TDPO" else {}
+    module = make_method(
+        name, family, train, reward=ShapesCLIP(), guidance_scale=guidance_scale, weight_decay=0.0,
+        **decay,
+    )  # fmt: skip
+    before, trained = frozen_parts(module), weights(module, True)
+    before = {key: value.clone() for key, value in before.items()}
+    recorder = Recorder()
+    trainer = fit(module, callbacks=[recorder])
+
+    assert trainer.global_step == len(recorder.gradients) == UPDATES[name][family]
+    for key, value in frozen_parts(module).items():
+        assert value.grad is None
+        assert torch.equal(value, before[key]), key
+    still = {key for key, p in weights(module, True).items() if torch.equal(p, trained[key])}
+    assert still == {key for key in trained if UNREAD in key}
+
+    first, *_ = recorder.gradients
+    assert set(first) == set(trained)
+    assert all(gradient.isfinite().all() for gradient in first.values())
+    without = {key for key, gradient in first.items() if not gradient.any()}
+    assert without == still | {key for key in trained if ".lora_A." in key}
+
+    starts = [0, UPDATES[name][family] // 2] if name == "LargeScaleRL" else [0]
+    for start in starts:  # of each task
+        logged = recorder.metrics[start]
+        assert logged["train/ratio"] == pytest.approx(1, abs=ATOL)
+        assert logged["train/approx_kl"] == pytest.approx(0, abs=ATOL)
+        assert logged["train/clip_fraction"] == 0
+        assert logged["train/grad_norm"] > 0
+
+
+def gradients(name, accumulate, **options):
+    """Return the gradients of a round's updates at unchanging weights."""
+    recorder = Recorder()
+    rates = {"lr": 0.0, **({"lr_critic": 0.0} if name == "TDPO" else {})}
+    module = make_method(name, "sd3", "full", **rates, **options)
+    fit(module, callbacks=[recorder], accumulate_grad_batches=accumulate)
+    return recorder.gradients
+
+
+def assert_same_gradients(left, right, number):
+    assert len(left) == len(right) == number
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys()
+        for key, gradient in one.items():
+            torch.testing.assert_close(gradient, other[key], atol=ATOL, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sizes", "updates"),
+    [
+        ("DDPO", {"minibatch_order": "sample_major"}, {"minibatch_size": 16}, 1),
+        ("DDPO", {"minibatch_order": "timestep_major"}, {"minibatch_size": 16}, 1),
+        ("TDPO", {}, {"minibatch_size": 8}, 2),  # one for each step
+        (
+            "LargeScaleRL",
+            {"timestep_fraction": 1.0, "pretraining_steps": 2},
+            {"minibatch_size": 8, "pretraining_batch_size": 6},
+            2 * 2 + 2,
+        ),
+        (
+            "LargeScaleRL",
+            {"timestep_fraction": 1.0, "pretraining": "weighted"},
+            {"minibatch_size": 8, "pretraining_batch_size": 6},
+            2 * 2,
+        ),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [2])
+def test_accumulation_equals_one_large_minibatch(name, options, sizes, updates, accumulate):
+    parts = {key: size // accumulate for key, size in sizes.items()}
+    whole = gradients(name, 1, **options, **sizes)
+    assert_same_gradients(whole, gradients(name, accumulate, **options, **parts), updates)
+
+
+@pytest.mark.parametrize(("name", "updates"), [("DDPO", 1), ("LargeScaleRL", 2 + 1)])
+def test_order_of_minibatches_leaves_the_accumulated_gradient_unchanged(name, updates):
+    options = {"minibatch_size": 4, "timestep_fraction": 1.0}
+    orders = [
+        gradients(name, 4, minibatch_order=order, **options)
+        for order in ("sample_major", "timestep_major")
+    ]
+    assert_same_gradients(*orders, updates)
+
+
+@all_methods
+@all_cases
+def test_same_seed_same_run_and_global_randomness_plays_no_part(name, family, train):
+    runs = []
+    for noise in (1, 2):
+        module = make_method(name, family, train)
+        torch.manual_seed(noise)
+        random.seed(noise)
+        recorder = Recorder()
+        fit(module, callbacks=[recorder], val=True)
+        runs.append([{k: v for k, v in m.items() if "time/" not in k} for m in recorder.metrics])
+    assert runs[0] == runs[1]
+
+
+@all_methods
+@all_cases
+def test_checkpoint_round_trip(name, family, train, tmp_path):
+    """A round, and another after it from a file, are two rounds."""
+
+    def make():
+        """Return a module whose reward and whose advantages remember earlier scores."""
+        reward = WeightedReward({"c": Colorfulness()}, {"c": 1.0})
+        memory = {"advantage_norm": "per_prompt", "std_unbiased": False, "min_count": 1}
+        return make_method(name, family, train, reward=reward, **memory)
+
+    module = make()
+    saver = ModelCheckpoint(tmp_path, filename="saved", save_on_train_epoch_end=True)
+    fit(module, callbacks=[saver], enable_checkpointing=True)
+    stored = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    assert set(stored["state_dict"]) == set(weights(module, True))
+    assert stored["lit_align"]["method"] == name
+    assert stored["lit_align"]["counters"] == module.counters
+
+    resumed, whole = make(), make()
+    fit(resumed, resume=tmp_path / "saved.ckpt", max_epochs=2)
+    fit(whole, max_epochs=2)
+    assert resumed.counters == whole.counters
+    found = weights(resumed, True)
+    for key, value in weights(whole, True).items():
+        assert torch.equal(value, found[key]), key
