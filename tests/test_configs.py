@@ -150,6 +150,9 @@ def test_commented_tasks_can_be_taken_in(tmp_path, capsys):
     assert {plan.samples for plan in plans.values()} == {2048}
     assert (plans["fairness"].prompts_per_round, plans["fairness"].samples_per_prompt) == (128, 16)
     accumulate = printed["trainer"]["accumulate_grad_batches"]
+    options = printed["model"]["init_args"]
+    assert (options["pretraining"], options["pretraining_steps"]) == ("separate", 1)
+    assert options["pretraining_batch_size"] * accumulate == 2048
     for plan in plans.values():
         plan.check(accumulate)
         assert plan.minibatches // accumulate == 5

@@ -43,7 +43,47 @@ class Noisy(RewardModule):
 '''
 
 
-def configuration(saver, pipeline="shapes-sd", rounds=4):
+# What another method needs beside the configuration of DDPO, and the places in a run of two rounds
+# whose checkpoints are resumed from.
+RESET = {"every_n_steps": 4, "probe_every_n_steps": 2}  # in the middle of the second round
+CRITIC = {"tower": {"class_path": "ShapesCLIP"}, "hidden": [16, 8], "dropout": [0.2]}
+OTHERS = {
+    "TDPO": {
+        "callbacks": [{"class_path": "NeuronResetCallback", "init_args": RESET}],
+        "model": {"critic": {"class_path": "TemporalCritic", "init_args": CRITIC}},
+        "data": {},
+        "minibatches": 3,
+        "resumed": (0, 2, 4),  # before and after the reset
+    },
+    "LargeScaleRL": {
+        "callbacks": [],
+        "model": {
+            "tasks": {
+                "brightness": {"reward": {"class_path": "my_rewards.Noisy"}},
+                "color": {
+                    "reward": {"class_path": "Colorfulness"},
+                    "prompts_per_round": 4,
+                    "samples_per_prompt": 2,
+                },
+            },
+            "timestep_fraction": 0.7,
+            "std_unbiased": False,
+            "pretraining_batch_size": 4,
+        },
+        "data": {
+            "train": {"brightness": "shapes-train", "color": "shapes-mixture"},
+            "pairs": {
+                "class_path": "ShapesPairsDataModule",
+                "init_args": {"size": 16, "val_size": 1},
+            },
+        },
+        "minibatches": 2 + 2 + 1,
+        "resumed": (1, 3, 4),  # after the first task, after the second, after the pairs
+    },
+}
+
+
+def configuration(saver, pipeline="shapes-sd", rounds=4, method="DDPO"):
     config = yaml.safe_load(CONFIG.replace("shapes-sd\n", f"{pipeline}\n").replace(
         "pretrained: shapes-sd}", f"pretrained: {pipeline}}}"))  # fmt: skip
     config["trainer"] |= {
@@ -61,12 +101,32 @@ def configuration(saver, pipeline="shapes-sd", rounds=4):
         "min_count": 1,
     }
     config["model"]["init_args"]["eval_rewards"]["ShapesCLIP"] = {"class_path": "ShapesCLIP"}
+    if method in OTHERS:
+        other = OTHERS[method]
+        config["model"]["class_path"] = method
+        config["model"]["init_args"] |= other["model"]
+        config["data"]["init_args"] |= other["data"]
+        config["trainer"]["callbacks"][: len(CALLBACKS)] = other["callbacks"]
+        if "tasks" in other["model"]:
+            del config["model"]["init_args"]["reward"]
     return config
 
 
 def metrics(run):
     with (run / "metrics.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if "time/" not in k} for row in csv.DictReader(file)]
+
+
+def with_repeats(resumed, whole):
+    """Return the rows of a resumed run, filled with what Lightning repeats from row to row.
+
+    What not every step logs stands also in the round's later rows, but for those of a run that was
+    resumed in between.
+    """
+    rows, expected = metrics(resumed), metrics(whole)
+    for row, then, before in zip(rows[1:], expected[1:], expected, strict=False):
+        row |= {k: v for k, v in then.items() if not row[k] and v == before[k]}
+    return rows
 
 
 def contents(path):
@@ -124,33 +184,46 @@ def fit(name, *words):
     return Path("runs", name, "version_0")
 
 
-@pytest.mark.parametrize("when", ["after each step", "after each validation"])
-def test_every_checkpoint_of_a_run_continues_it_exactly(when):
+@pytest.mark.parametrize(
+    ("method", "when"),
+    [
+        ("DDPO", "after each step"),
+        ("DDPO", "after each validation"),
+        *((method, "after each step") for method in OTHERS),
+    ],
+)
+def test_every_checkpoint_of_a_run_continues_it_exactly(method, when):
     """Saved in the middle of rounds and at what would be their last update."""
     saver = {"save_last": True, "save_top_k": -1}
     steps = when == "after each step"
     saver |= {"every_n_train_steps": 1} if steps else {"save_on_train_epoch_end": False}
-    config = configuration(saver, rounds=2)
+    config = configuration(saver, rounds=2, method=method)
     config["trainer"] |= {} if steps else {"val_check_interval": 1}
     Path("config.yaml").write_text(yaml.safe_dump(config))
     whole = fit("whole")
     rows = [row for row in metrics(whole) if row["val/reward/verifier"]]
     assert rows[0]["val/reward/verifier"] != rows[-1]["val/reward/verifier"]  # it learns something
-    checkpoints = sorted((whole / "checkpoints").glob("epoch*.ckpt"))
-    assert len(checkpoints) == 2 * 3
-    # In the middle of the first round, at its end, and before the last update.
-    for number, checkpoint in enumerate(checkpoints[i] for i in (0, 2, 4)):
+    checkpoints = sorted((whole / "checkpoints").glob("epoch*.ckpt"), key=step_of)
+    # For DDPO in the middle of the first round, at its end, and before the last update.
+    other = OTHERS.get(method, {"minibatches": 3, "resumed": (0, 2, 4)})
+    assert len(checkpoints) == 2 * other["minibatches"]
+    for number, checkpoint in enumerate(checkpoints[i] for i in other["resumed"]):
         resumed = Path("runs", f"again{number}", "version_0")
         target = resumed / "checkpoints" / checkpoint.name
         target.parent.mkdir(parents=True)
         target.write_bytes(checkpoint.read_bytes())
-        for name in ("metrics.csv", "generalization.csv", "summary.md"):
-            (resumed / name).write_bytes((whole / name).read_bytes())
+        for path in whole.iterdir():
+            if path.suffix in (".csv", ".md"):
+                (resumed / path.name).write_bytes(path.read_bytes())
         fit(f"again{number}", "--ckpt_path", str(target))
-        assert metrics(resumed) == metrics(whole), checkpoint.name
+        assert with_repeats(resumed, whole) == metrics(whole), checkpoint.name
         last = Path("checkpoints", "last.ckpt")
         found = differences(contents(whole / last), contents(resumed / last))
         assert found == [], checkpoint.name
+
+
+def step_of(checkpoint):
+    return int(checkpoint.stem.split("step=")[1])
 
 
 class SaveAtEveryBatch(Callback):

@@ -91,6 +91,7 @@ class CrossRewardCallback(Callback):
         self.base: Evaluation | None = None
         self.generalization: CrossRewardGeneralization | None = None
         self._names: list[str] = []
+        self._trained: set[str] = set()
         self._prompts = ""
         self._collector: Collector | None = None
         self._current: Evaluation | None = None
@@ -102,6 +103,7 @@ class CrossRewardCallback(Callback):
         if stage != "fit":
             return
         self._names = list(pl_module.rewards)
+        self._trained = set(pl_module.trained_rewards)
         for candidate in (self.embedder, *pl_module.rewards.values()):
             if self._embed is None and candidate is not None:
                 fallback = candidate if candidate is self.embedder else None
@@ -154,8 +156,9 @@ class CrossRewardCallback(Callback):
             if not known:
                 rank_zero_warn(f"{name} scores all images of the base model the same: no unit.")
         names = [name for name, known in zip(self._names, varies, strict=True) if known]
-        if varies[0] and len(names) > 1:
-            self.generalization = CrossRewardGeneralization(names[0], names[1:], self.levels)
+        held_out = [name for name in names if name not in {self._names[0], *self._trained}]
+        if varies[0] and held_out:
+            self.generalization = CrossRewardGeneralization(names[0], held_out, self.levels)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the previous validation."""

@@ -67,9 +67,9 @@ class ExperienceLoader:
         return self.collector.minibatches_per_round
 
     @property
-    def finished(self) -> bool:
-        """Whether all minibatches of the round were handed out."""
-        return self._trajectory is not None and self._served == len(self)
+    def rounds_done(self) -> int:
+        """How many rounds were handed out to their last minibatch."""
+        return max(self._round + (self._served == len(self)), 0)
 
     def __iter__(self) -> Iterator[Transition | PairBatch]:
         """Collect a round, unless one was restored, and yield its minibatches.
@@ -146,7 +146,6 @@ class ChainedLoader:
 
     def __init__(self, parts: Sequence[ExperienceLoader]) -> None:
         self.parts = list(parts)
-        self._turn = 0
 
     def __len__(self) -> int:
         """Return the number of minibatches of all parts."""
@@ -154,19 +153,17 @@ class ChainedLoader:
 
     def __iter__(self) -> Iterator[Transition | PairBatch]:
         """Yield from each part, from where a restored one stopped."""
-        # A part that was restored when its last minibatch was done must not begin another round.
-        done = self._turn + self.parts[self._turn].finished
-        for turn in range(done % len(self.parts), len(self.parts)):
-            self._turn = turn
-            yield from self.parts[turn]
+        done = [part.rounds_done for part in self.parts]
+        turn = next((turn for turn, rounds in enumerate(done) if rounds < done[0]), 0)
+        for part in self.parts[turn:]:
+            yield from part
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whose turn it is, and the parts' states."""
-        return {"turn": self._turn, "parts": [part.state_dict() for part in self.parts]}
+        """Return the parts' states, which tell whose turn it is."""
+        return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; raises ValueError as the parts do."""
-        self._turn = state["turn"]
         for part, own in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(own)
 

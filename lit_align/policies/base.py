@@ -230,11 +230,9 @@ class DiffusionPolicy(nn.Module, ABC):
             conditioning: What `encode_prompt` returned, for B samples.
             num_inference_steps: T.
             guidance_scale: Weight of classifier-free guidance.
-            generator: B generators; each draws its sample's initial noise, then the noise of its
-                stochastic steps in order.
-            initial_generator: B generators to draw the initial noise from instead.
-            stochastic_steps: Indices of the steps that add noise, () for the deterministic
-                sampler; by default all that have a density.
+            generator: B of them; each draws its sample's initial noise, then that of its steps.
+            initial_generator: B of them to draw the initial noise instead.
+            stochastic_steps: Indices of the steps that add noise; by default all with a density.
             keep_predicted: Keep the clean latents that each step's network output implies.
             height: Of the image in pixels; by default the model's.
             width: Of the image in pixels; by default the model's.
@@ -242,11 +240,10 @@ class DiffusionPolicy(nn.Module, ABC):
         """
         self.scheduler.set_timesteps(num_inference_steps, self.device)
         noisy = self.scheduler.density_steps if stochastic_steps is None else stochastic_steps
-        shape, first = self.latent_shape(height, width), initial_generator or generator
-        latents = randn(shape, first, self.device)
-        path, steps = [latents], []
+        size, first = (height, width), initial_generator or generator
+        path, steps = [randn(self.latent_shape(*size), first, self.device)], []
         for index, timestep in enumerate(self.scheduler.timesteps):
-            timesteps = timestep.expand(len(latents))
+            timesteps = timestep.expand(len(generator))
             output = self.predict(path[-1], timesteps, conditioning, guidance_scale)
             noise = generator if index in noisy else None
             step = self.scheduler.step(output, timesteps, path[-1], generator=noise)
@@ -256,7 +253,7 @@ class DiffusionPolicy(nn.Module, ABC):
         log_probs, predicted = zip(*steps, strict=True)
         return Trajectory(
             latents=torch.stack(path, dim=1),
-            timesteps=self.scheduler.timesteps.expand(len(latents), -1),
+            timesteps=self.scheduler.timesteps.expand(len(generator), -1),
             log_probs=torch.stack(log_probs, dim=1),
             conditioning=conditioning,
             guidance_scale=guidance_scale,

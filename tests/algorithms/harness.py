@@ -11,12 +11,7 @@ from lit_align.algorithms import DDPO, TDPO, LargeScaleRL, Task
 from lit_align.data.image_text import PairStream, ShapesPairs
 from lit_align.data.prompts import PromptLoader
 from lit_align.policies.heads import TemporalCritic
-from lit_align.rewards import (
-    Colorfulness,
-    JPEGCompressibility,
-    ShapesVerifier,
-    WeightedReward,
-)
+from lit_align.rewards import Colorfulness, JPEGCompressibility, ShapesVerifier
 from tests.conftest import tiny_policy
 
 PROMPTS = [

@@ -22,7 +22,9 @@ UPDATES = {  # a round's steps x samples / minibatch, of two tasks each with one
 UNREAD = "transformer_blocks.1.attn.add_q_proj"
 
 all_methods = pytest.mark.parametrize("name", METHODS)
-all_cases = pytest.mark.parametrize(("family", "train"), [("sd", "lora"), ("sd3", "full")])
+all_cases = pytest.mark.parametrize(
+    ("family", "train", "steps"), [("sd", "lora", 2), ("sd3", "full", 3)]
+)
 
 
 def test_every_online_method_is_here():
@@ -143,10 +145,10 @@ def test_order_of_minibatches_leaves_the_accumulated_gradient_unchanged(name, up
 
 @all_methods
 @all_cases
-def test_same_seed_same_run_and_global_randomness_plays_no_part(name, family, train):
+def test_same_seed_same_run_and_global_randomness_plays_no_part(name, family, train, steps):
     runs = []
     for noise in (1, 2):
-        module = make_method(name, family, train)
+        module = make_method(name, family, train, num_inference_steps=steps)
         torch.manual_seed(noise)
         random.seed(noise)
         recorder = Recorder()
@@ -157,14 +159,15 @@ def test_same_seed_same_run_and_global_randomness_plays_no_part(name, family, tr
 
 @all_methods
 @all_cases
-def test_checkpoint_round_trip(name, family, train, tmp_path):
+def test_checkpoint_round_trip(name, family, train, steps, tmp_path):
     """A round, and another after it from a file, are two rounds."""
 
     def make():
         """Return a module whose reward and whose advantages remember earlier scores."""
         reward = WeightedReward({"c": Colorfulness()}, {"c": 1.0})
         memory = {"advantage_norm": "per_prompt", "std_unbiased": False, "min_count": 1}
-        return make_method(name, family, train, reward=reward, **memory)
+        options = {"num_inference_steps": steps, "reward": reward, **memory}
+        return make_method(name, family, train, **options)
 
     module = make()
     saver = ModelCheckpoint(tmp_path, filename="saved", save_on_train_epoch_end=True)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from lit_align.data.experience import ExperienceLoader
+from lit_align.data.experience import ChainedLoader, ExperienceLoader
 from lit_align.data.planner import RoundPlan
 from lit_align.data.prompts import PromptLoader
 from lit_align.trajectory import Trajectory
@@ -70,6 +70,41 @@ def test_processes_see_together_what_one_process_sees(prompts, order, world):
     for minibatch, *shares in zip(whole, *parts, strict=True):
         assert sum(map(len, shares)) == len(minibatch)
         assert set().union(*shares) == minibatch
+
+
+def steps_of_samples(plan, round_index=0):
+    """Return, per pass, each sample's steps in the order that they are trained in."""
+    passes = [{s: [] for s in range(plan.samples)} for _ in range(plan.num_inner_epochs)]
+    for number, (samples, steps) in enumerate(plan.cut(round_index)):
+        trained = passes[number * plan.num_inner_epochs // plan.minibatches]
+        for sample, step in zip(samples.tolist(), steps.tolist(), strict=True):
+            trained[sample].append(step)
+    return passes
+
+
+@pytest.mark.parametrize("order", ["sample_major", "timestep_major"])
+def test_step_choices_are_what_their_names_say(order):
+    chosen = {
+        choice: steps_of_samples(make_plan(step_choice=choice, minibatch_order=order))
+        for choice in ("per_sample", "shared", "denoising")
+    }
+    alike = {c: [len(set(map(tuple, p.values()))) for p in passes] for c, passes in chosen.items()}
+    assert alike["shared"] == [1, 1]  # pass by pass
+    assert chosen["shared"][0] != chosen["shared"][1]
+    assert min(alike["per_sample"] + alike["denoising"]) > 1
+    for drawn, increasing in zip(chosen["per_sample"], chosen["denoising"], strict=True):
+        assert {s: sorted(steps) for s, steps in drawn.items()} == increasing
+
+
+def test_shared_steps_are_drawn_anew_each_round_and_alike_on_all_processes():
+    def drawn(round_index, **options):
+        plan = make_plan(step_choice="shared", num_inner_epochs=1, trained_steps=2,
+                         **{"minibatch_size": 8, **options})  # fmt: skip
+        return steps_of_samples(plan, round_index)[0][0]
+
+    assert len({tuple(drawn(number)) for number in range(8)}) > 1
+    for number in range(8):
+        assert drawn(number, rank=1, world_size=2, minibatch_size=4) == drawn(number)
 
 
 def test_dealt_prompts_are_the_same_draw_on_every_process():
@@ -255,3 +290,97 @@ def test_round_state_is_loadable_as_weights_only(tmp_path):
     resumed = make_loader()
     resumed.load_state_dict(state)
     assert len(list(resumed)) == 7
+
+
+def test_changed_pairs_are_refused():
+    def make(beside):
+        return ExperienceLoader(
+            FakeCollector(make_plan()), PromptLoader(PROMPTS, 1, shuffle=True), beside
+        )
+
+    state = make("pairs").state_dict()
+    make("pairs").load_state_dict(state)
+    for changed in ("others", ""):
+        with pytest.raises(ValueError, match="image-text pairs are not those"):
+            make(changed).load_state_dict(state)
+
+
+PARTS = (8, 6, 2)  # minibatches
+
+
+def make_chain(plans=None):
+    plans = plans or [
+        make_plan(),
+        make_plan(prompts_per_round=6, samples_per_prompt=4, num_inner_epochs=1),
+        make_plan(prompts_per_round=4, num_inner_epochs=1),
+    ]
+    return ChainedLoader(
+        [
+            ExperienceLoader(
+                FakeCollector(plan), PromptLoader(PROMPTS[number:], 1, shuffle=True, seed=number)
+            )
+            for number, plan in enumerate(plans)
+        ]
+    )
+
+
+def collected(chain):
+    return [part.collector.collected for part in chain.parts]
+
+
+def content(minibatch):
+    """Return the round, and what tells minibatches of a round and of its parts apart."""
+    positions = minibatch.conditioning["prompt_embeds"][:, 0].tolist()
+    return float(minibatch.latents[0]), positions, minibatch.timesteps.tolist()
+
+
+def test_a_chain_takes_its_parts_in_turn_and_collects_each_when_its_turn_comes():
+    chain = make_chain()
+    assert [len(part) for part in chain.parts] == [*PARTS]
+    for number in range(2):
+        done, iterator = [*range(number)], iter(chain)
+        for turn, size in enumerate(PARTS):
+            rounds = [[*done, number]] * (turn + 1) + [done] * (len(PARTS) - turn - 1)
+            for _ in range(size):
+                assert float(next(iterator).latents[0]) == number
+                assert collected(chain) == rounds
+        assert next(iterator, None) is None
+    alone = make_chain().parts
+    expected = [content(minibatch) for part in alone for minibatch in part]
+    assert [content(minibatch) for minibatch in make_chain()] == expected
+    assert len(expected) == len(chain) == sum(PARTS)
+
+
+@pytest.mark.parametrize("served", range(2 * sum(PARTS) + 1))
+def test_a_chain_resumes_anywhere(served):
+    """In a part, between two, after the last: what follows is what would have followed."""
+    uninterrupted, chain, resumed = make_chain(), make_chain(), make_chain()
+    expected = [content(minibatch) for _ in range(4) for minibatch in uninterrupted]
+    stream = (minibatch for _ in range(2) for minibatch in chain)
+    for _ in range(served):
+        next(stream)
+    resumed.load_state_dict(chain.state_dict())
+    again = make_chain()  # from a file that was written before anything was yielded
+    again.load_state_dict(resumed.state_dict())
+    for loader in (resumed, again):
+        found = [content(minibatch) for _ in range(2) for minibatch in loader]
+        assert found == expected[served : served + len(found)]
+        assert len(found) == 2 * sum(PARTS) - served % sum(PARTS)
+
+
+def test_a_part_that_failed_is_collected_when_a_chain_is_resumed():
+    for turn in range(3):
+        chain, resumed, expected = make_chain(), make_chain(), make_chain()
+        list(chain), list(expected)
+        failing = chain.parts[turn].collector
+        failing.collect = lambda batch, number: 1 / 0
+        stream, yielded = iter(chain), sum(PARTS[:turn])
+        for _ in range(yielded):
+            next(stream)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+        resumed.load_state_dict(chain.state_dict())
+        remaining = [content(minibatch) for minibatch in expected][yielded:]
+        del failing.collect  # it works again
+        for again in (chain, resumed):
+            assert [content(minibatch) for minibatch in again] == remaining

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -16,57 +15,76 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
 
-from lit_align.algorithms import DDPO
+from lit_align.algorithms import Task
 from lit_align.algorithms.sharding import whole
-from lit_align.callbacks import CrossRewardCallback, SampleGallery
-from lit_align.rewards import Colorfulness
-from tests.algorithms.harness import make_ddpo, make_trainer, prompt_loader
-from tests.conftest import tiny_policy
+from lit_align.callbacks import CrossRewardCallback, NeuronResetCallback, SampleGallery
+from lit_align.rewards import Colorfulness, RewardModule
+from tests.algorithms.harness import (
+    Recorder,
+    experience_of,
+    make_ddpo,
+    make_method,
+    make_trainer,
+    prompt_loader,
+    tiny_critic,
+)
 
 ROOT = Path(__file__).parent.parent.parent
-FAMILIES = {"sd": "lora", "sd3": "full"}
 STRATEGIES = ("ddp", "fsdp2")
 ROUNDS = 3
-# Per minibatch, over all processes: half of them, and half of that again, are whole samples of 3
-# (DDIM) or 2 (flow matching) trained steps. Else the pairs of a sample would lie in two minibatches
+METHODS = {
+    "DDPO": {"family": "sd", "train": "lora", "beta": 0.1},
+    "TDPO": {
+        "family": "sd3", "train": "full", "lr_critic": 2e-3, "kl_coef": 0.1, "kl_target": 1e-3,
+    },
+    "LargeScaleRL": {"family": "sd3", "train": "full", "timestep_fraction": 1.0},
+}  # fmt: skip
+# Over all processes. In the sample-major order of DDPO half a minibatch, what one of two processes
+# sees, are whole samples of 3 trained steps. Else the pairs of a sample would lie in two minibatches
 # on one process and in one on two, and the updates would differ.
-PAIRS = {"sd": 12, "sd3": 8}
+SIZES = {
+    "DDPO": {"rollout_batch_size": 8, "minibatch_size": 12},
+    "TDPO": {"rollout_batch_size": 8, "minibatch_size": 4},
+    "LargeScaleRL": {"rollout_batch_size": 8, "minibatch_size": 8, "pretraining_batch_size": 4},
+}
+# Updates to the middle of the second round, also of a task and behind a reset, of 2, 4 and 5.
+MIDDLE = {"DDPO": 3, "TDPO": 6, "LargeScaleRL": 8}
+RESET = 5  # updates
 TIMEOUT = 300  # seconds
 
 # AdamW divides by sqrt(v) + eps. Gradients that are zero but for rounding (of biases before a
 # softmax or a normalisation) would be blown up to steps of size lr with the default of 1e-8; the
 # others are larger than this by orders.
 EPS = 1e-6
-FROZEN_BF16 = {"train": "lora", "dtype": "bfloat16"}
+FROZEN_BF16 = {"train": "lora", "policy_options": {"dtype": "bfloat16"}}
 
 
-class WithCritic(DDPO):
-    """DDPO that also fits a small network, with a learning rate of its own, to the advantages."""
+class Brightness(RewardModule):
+    def forward(self, images, prompts, metadata=None, group_ids=None):
+        return images.mean(dim=(1, 2, 3))
 
-    def __init__(self, policy, reward, **options):
-        super().__init__(policy, reward, **options)
-        self.critic = nn.Sequential(nn.Linear(256, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.rounds = []
 
-    def configure_model(self):
-        super().configure_model()
-        super().configure_model()  # Lightning calls it once per fit, validate, ...
+def make(method, rank=0, parts=1, **options):
+    """Return a module for one of so many processes and accumulated minibatches."""
+    if method == "TDPO":
+        torch.manual_seed(rank)  # the critics start different, and must be made equal
+        options["critic"] = tiny_critic()
+    if method == "LargeScaleRL":
+        other = Task(Brightness(), prompts_per_round=2, samples_per_prompt=4)
+        options["tasks"] = {"color": Task(Colorfulness()), "brightness": other}
+    sizes = {key: size // parts for key, size in SIZES[method].items()}
+    common = {"clip_range": 1e-2, "lr": 1e-3, "adam_epsilon": EPS}
+    return make_method(method, **{**METHODS[method], **common, **sizes, **options})
 
-    def configure_optimizers(self):
-        policy = [p for p in self.policy.parameters() if p.requires_grad]
-        critic = {"params": list(self.critic.parameters()), "lr": 2 * self.lr}
-        return torch.optim.AdamW([critic, {"params": policy}], lr=self.lr, eps=EPS)
 
-    def loss(self, minibatch):
-        loss, logs = super().loss(minibatch)
-        values = self.critic(minibatch.latents.flatten(1)).squeeze(1)
-        return loss + (values - minibatch.advantages).square().mean(), logs
+def keep_rounds(module):
+    """Return a list that fills with the samples of each round of each task."""
+    rounds, collect = [], module.collect
 
-    def collect(self, batch, round_index):
-        trajectory = super().collect(batch, round_index)
-        self.rounds.append(
+    def recorded(batch, round_index):
+        trajectory = collect(batch, round_index)
+        rounds.append(
             {
                 "positions": trajectory.batch.positions,
                 "latents": trajectory.latents,
@@ -75,33 +93,32 @@ class WithCritic(DDPO):
         )
         return trajectory
 
+    module.collect = recorded
+    return rounds
+
 
 def run(
-    folder, name, family, strategy=None, accumulate=1, resume=None, rounds=ROUNDS,
-    precision="32-true", **policy_options,
+    folder, name, method, strategy=None, accumulate=1, resume=None, rounds=ROUNDS,
+    precision="32-true", **options,
 ):  # fmt: skip
-    """Train and write `NAME-RANK.pt` with samples and weights, and checkpoints `NAME/epoch=N.ckpt`.
+    """Train and write `NAME-RANK.pt` with samples, logs and weights, and checkpoints.
 
+    They are `NAME/epoch=N.ckpt`, and of one process `NAME/step=N.ckpt` in the middle of a round.
     Without a strategy it is the one process that the two must agree with.
     """
     processes = 1 if strategy is None else 2
     rank = int(os.environ["LOCAL_RANK"]) if processes > 1 else 0
-    sizes = {"rollout_batch_size": 8 // processes, "clip_range": 1e-2, "beta": 0.1, "lr": 1e-3}
-    policy = tiny_policy(family, **{"train": FAMILIES[family], **policy_options})
-    torch.manual_seed(rank)  # the critics start different, and must be made equal
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # modules passed as arguments, which is meant
-        module = WithCritic(
-            policy,
-            Colorfulness(),
-            num_inference_steps=3,
-            guidance_scale=1.0,
-            prompts_per_round=4,
-            samples_per_prompt=2,
-            minibatch_size=PAIRS[family] // processes // accumulate,
-            advantage_norm="batch",
-            **sizes,
-        )
+    module = make(method, rank, processes * accumulate, **options)
+    kept, recorder = keep_rounds(module), Recorder()
+    configure = module.configure_model
+    # Lightning calls it once per fit, validate, ...
+    module.configure_model = lambda: (configure(), configure())
+    every_round = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    savers = [ModelCheckpoint(folder / name, "{epoch}", save_top_k=-1, **every_round)]
+    if strategy is None:
+        within = {"every_n_train_steps": MIDDLE[method]}
+        savers.append(ModelCheckpoint(folder / name, "{step}", save_top_k=-1, **within))
+    resets = [NeuronResetCallback(every_n_steps=RESET)] if method == "TDPO" else []
     trainer = make_trainer(
         max_epochs=rounds,
         devices=processes,
@@ -109,18 +126,14 @@ def run(
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
         precision=precision,
-        callbacks=[
-            ModelCheckpoint(
-                folder / name, "{epoch}", every_n_epochs=1, save_top_k=-1,
-                save_on_train_epoch_end=True,
-            )
-        ],
+        callbacks=[*resets, recorder, *savers],
         enable_checkpointing=True,
-    )  # fmt: skip
-    loader = prompt_loader(rank=rank, world_size=processes)
-    trainer.fit(module, module.experience(loader), ckpt_path=resume)
+    )
+    experience = experience_of(module, rank, processes)
+    trainer.fit(module, experience, ckpt_path=resume, weights_only=True)
     weights = {n: whole(p.detach()) for n, p in module.named_parameters() if p.requires_grad}
-    torch.save({"rounds": module.rounds, "weights": weights}, folder / f"{name}-{rank}.pt")
+    logs = [{k: v for k, v in m.items() if "time/" not in k} for m in recorder.metrics]
+    torch.save({"rounds": kept, "logs": logs, "weights": weights}, folder / f"{name}-{rank}.pt")
     return trainer
 
 
@@ -153,25 +166,29 @@ def checkpoint(folder, name, epoch):
     return folder / name / f"epoch={epoch}.ckpt"
 
 
+def within_a_round(folder, method):
+    return folder / f"{method}-one" / f"step={MIDDLE[method]}.ckpt"
+
+
 def references(folder):
     """What one process makes of it."""
-    for family in FAMILIES:
-        run(folder, f"{family}-one", family)
+    for method in METHODS:
+        run(folder, f"{method}-one", method)
     watch(folder, "watched-one")
 
 
 def both(folder):
     """Everything that two processes do, in turn."""
-    for family in FAMILIES:
-        whole_round = checkpoint(folder, f"{family}-one", 1)
+    for method in METHODS:
+        middle = within_a_round(folder, method)
         for strategy in STRATEGIES:
-            name = f"{family}-{strategy}"
-            run(folder, name, family, strategy)
-            run(folder, f"{name}-resumed", family, strategy, resume=whole_round)
+            name = f"{method}-{strategy}"
+            run(folder, name, method, strategy)
+            run(folder, f"{name}-resumed", method, strategy, resume=middle)
     for strategy in STRATEGIES:
-        run(folder, f"sd3-{strategy}-accumulated", "sd3", strategy, accumulate=2, rounds=1)
-    run(folder, "frozen-bf16", "sd3", "fsdp2", rounds=1, precision="bf16-mixed", **FROZEN_BF16)
-    run(folder, "all-bf16", "sd3", "fsdp2", rounds=1, precision="bf16-true")
+        run(folder, f"TDPO-{strategy}-accumulated", "TDPO", strategy, accumulate=2, rounds=1)
+    run(folder, "frozen-bf16", "TDPO", "fsdp2", rounds=1, precision="bf16-mixed", **FROZEN_BF16)
+    run(folder, "all-bf16", "TDPO", "fsdp2", rounds=1, precision="bf16-true")
     watch(folder, "watched-fsdp2", "fsdp2")
     trainer = make_trainer(devices=2, strategy=ModelParallelStrategy())  # "auto": tensor parallel
     with pytest.raises(ValueError, match="data parallelism only") as refused:

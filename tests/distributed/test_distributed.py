@@ -11,7 +11,8 @@ from torch import nn
 from lit_align.algorithms.sharding import check_sharded
 from lit_align.data.prompts import PromptDataModule, PromptLoader
 from tests.distributed.scenarios import (
-    FAMILIES,
+    METHODS,
+    RESET,
     ROUNDS,
     STRATEGIES,
     checkpoint,
@@ -24,7 +25,7 @@ SAME = 1e-6  # samples under equal weights
 ATOL = 1e-5  # weights, and samples under weights that agree so far
 
 PAIRS_OF_RUNS = pytest.mark.parametrize(
-    "name", [f"{family}-{strategy}" for family in FAMILIES for strategy in STRATEGIES]
+    "name", [f"{method}-{strategy}" for method in METHODS for strategy in STRATEGIES]
 )
 
 
@@ -45,6 +46,10 @@ def one(name):
     return name.split("-")[0] + "-one"
 
 
+def tasks(name):
+    return 2 if name.startswith("LargeScaleRL") else 1
+
+
 def assert_near(weights, expected, atol=ATOL):
     assert weights.keys() == expected.keys()
     for key, tensor in weights.items():
@@ -55,7 +60,7 @@ def assert_near(weights, expected, atol=ATOL):
 def test_two_processes_sample_what_one_samples(folder, name):
     expected = left_by(folder, one(name))["rounds"]
     halves = [left_by(folder, name, rank)["rounds"] for rank in range(2)]
-    assert len(expected) == len(halves[0]) == ROUNDS
+    assert len(expected) == len(halves[0]) == ROUNDS * tasks(name)
     for number, (whole, *parts) in enumerate(zip(expected, *halves, strict=True)):
         order = torch.cat([part["positions"] for part in parts]).argsort()
         for key in ("positions", "latents", "rewards"):
@@ -74,10 +79,27 @@ def test_two_processes_take_the_updates_of_one(folder, name):
     assert_near(left_by(folder, name, 0)["weights"], left_by(folder, name, 1)["weights"], atol=0.0)
 
 
+@PAIRS_OF_RUNS
+def test_two_processes_log_what_one_logs(folder, name):
+    expected = left_by(folder, one(name))["logs"]
+    for rank in range(2):
+        logs = left_by(folder, name, rank)["logs"]
+        assert len(logs) == len(expected)
+        for row, wanted in zip(logs, expected, strict=True):
+            assert row == pytest.approx(wanted, abs=ATOL, rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_both_processes_reset_the_same_neurons_of_the_critic(folder, strategy):
+    resets = [row.get("reset/count", 0) for row in left_by(folder, f"TDPO-{strategy}")["logs"]]
+    assert not any(resets[: RESET - 1])
+    assert 0 < resets[RESET - 1] < 16 + 8  # active ones, not all
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_accumulation_gives_the_gradient_of_the_larger_batch(folder, strategy):
-    expected = torch.load(checkpoint(folder, "sd3-one", 0), weights_only=True)["state_dict"]
-    assert_near(left_by(folder, f"sd3-{strategy}-accumulated")["weights"], expected)
+    expected = torch.load(checkpoint(folder, "TDPO-one", 0), weights_only=True)["state_dict"]
+    assert_near(left_by(folder, f"TDPO-{strategy}-accumulated")["weights"], expected)
 
 
 @PAIRS_OF_RUNS
@@ -101,17 +123,18 @@ def test_checkpoint_of_two_processes_is_that_of_one(folder, name):
 
 @PAIRS_OF_RUNS
 def test_two_processes_continue_the_run_of_one(folder, name):
+    """From the middle of a round, and in it of the last task."""
     continued = left_by(folder, f"{name}-resumed")
-    assert len(continued["rounds"]) == 1
+    assert len(continued["rounds"]) == tasks(name)
     assert_near(continued["weights"], left_by(folder, one(name))["weights"])
 
 
 @PAIRS_OF_RUNS
 def test_one_process_continues_the_run_of_two(folder, name):
-    family, resumed = name.split("-")[0], f"{name}-resumed-by-one"
-    run(folder, resumed, family, resume=checkpoint(folder, name, ROUNDS - 2))
+    method, resumed = name.split("-")[0], f"{name}-resumed-by-one"
+    run(folder, resumed, method, resume=checkpoint(folder, name, ROUNDS - 2))
     continued = left_by(folder, resumed)
-    assert len(continued["rounds"]) == 1
+    assert len(continued["rounds"]) == tasks(name)
     assert_near(continued["weights"], left_by(folder, one(name))["weights"])
 
 
