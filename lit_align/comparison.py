@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lit_align.metrics import CrossRewardGeneralization
+from lit_align.metrics.cross_reward import at_level
 from lit_align.run_groups import PHASES, Group, Run, find_runs, group_runs, read_run
 
 LEVELS = (0.5, 1.0, 2.0)
@@ -142,6 +143,12 @@ def _figures(run: Run, rewards: list[str], level: float | None) -> dict[str, flo
         "KL to the base": run.series("val/kl")[-1],
     }
     numbers = generalization(run, level)
+    if level is not None:
+        measures = {"reward queries to": "reward_queries", "FID at": "val/fid"}
+        gain = torch.from_numpy(run.gain(run.target))
+        for title, column in measures.items():
+            value, _, _ = at_level(gain, torch.from_numpy(run.series(column)), level)
+            found[f"{title} trained gain {level:g}"] = float(value)
     for k in rewards:
         if level is not None:
             at = f"@{level:g}"

@@ -135,6 +135,9 @@ def test_table_by_hand(tmp_path):
     assert cells(table, "FID to the base") == ["4 ± 0", "-"]
     assert cells(table, "KL to the base") == ["0.4 ± 0.0", "-"]
     assert cells(table, "diversity / base") == ["-", "-"]
+    # reached after 4 validations and after 2, each 10 queries after the one before
+    assert cells(table, "reward queries to trained gain 2") == ["30 ± 14", "40"]
+    assert cells(table, "FID at trained gain 2") == ["3 ± 1.41", "-"]
     # of the two seeds: 0.1 and 2, 0.1 / 0.5 and 1, 0.3125 and 1, 0.1933 and 1, 0.4 and 0
     assert cells(table, "h at trained gain 2") == ["+1.05 ± 1.34", "-"]
     assert cells(table, "h, retention there") == ["+0.60 ± 0.57", "-"]
