@@ -77,12 +77,6 @@ def checkpoints(
         last_only: Score only each run's last checkpoint.
         level: Gain of the trained reward, in standard deviations of the base, to draw at.
     """
-    rewards: dict[str, RewardModule] = {
-        "ShapesVerifier": ShapesVerifier(),
-        "ShapesCLIP": ShapesCLIP(),
-        "Colorfulness": Colorfulness(),
-        "Parity": DistributionParity(ShapesColor()),
-    }
     chosen = {name: LISTS[name] for name in lists or LISTS}
     rows: list[dict[str, Any]] = []
     pictures: dict[str, Tensor] = {}
@@ -90,29 +84,27 @@ def checkpoints(
         files = list(_checkpoints(run, last_only))
         module = load_module(str(files[-1]))
         assert isinstance(module, AlignmentModule)
-        steps, guidance = module.eval_num_inference_steps, module.guidance_scale
+        sampling = (module.eval_num_inference_steps, module.guidance_scale)
         if not rows:
             base = DiffusionPolicy.from_pretrained(module.policy.pretrained, train="none")
-            found = _score(base, chosen, rewards, steps, guidance)
-            rows.append({"run": "base", "reward_queries": 0, **found})
-            if level is not None:
-                pictures["base"] = _draw(base, steps, guidance)
+            rows.append({"run": "base", "reward_queries": 0, **_score(base, chosen, *sampling)})
+            pictures["base"] = _draw(base, *sampling)
         nearest = None if level is None else _queries_at(run, level)
         for file in files:
             stored = read_checkpoint(str(file))
             module.load_state_dict(stored["state_dict"], strict=False)
             queries = stored["lit_align"]["counters"]["reward_queries"]
-            found = _score(module.policy, chosen, rewards, steps, guidance)
-            name = run.parent.name
-            rows.append({"run": name, "reward_queries": queries, **found})
+            found = _score(module.policy, chosen, *sampling)
+            rows.append({"run": run.parent.name, "reward_queries": queries, **found})
             if queries == nearest:
-                pictures[f"{name} ({queries})"] = _draw(module.policy, steps, guidance)
+                label = f"{run.parent.name} ({queries})"
+                pictures[label] = _draw(module.policy, *sampling)
             print(rows[-1], flush=True)
     with Path(output).open("w", newline="", encoding="utf-8") as table:
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    if pictures:
+    if level is not None:
         prompts = [text for text, _ in _drawn_prompts()]
         draw_rows(pictures, prompts).savefig(Path(output).with_suffix(".png"))
 
@@ -137,11 +129,16 @@ def _queries_at(run: Path, level: float) -> float:
 def _score(
     policy: DiffusionPolicy,
     lists: dict[str, Listed],
-    rewards: dict[str, RewardModule],
     steps: int,
     guidance: float,
 ) -> dict[str, float]:
     """Return the mean of every reward on every list."""
+    rewards: dict[str, RewardModule] = {
+        "ShapesVerifier": ShapesVerifier(),
+        "ShapesCLIP": ShapesCLIP(),
+        "Colorfulness": Colorfulness(),
+        "Parity": DistributionParity(ShapesColor()),
+    }
     found = {}
     for name, listed in lists.items():
         prompts = PromptFile(listed.prompts)[: listed.size] * listed.images_per_prompt
