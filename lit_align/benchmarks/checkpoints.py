@@ -110,13 +110,12 @@ def checkpoints(
 
 
 def _checkpoints(run: Path, last_only: bool) -> Iterator[Path]:
-    """Yield a run's checkpoints by their rounds, the last one if there are no others."""
-    found = {int(m[1]): p for p in sorted((run / "checkpoints").glob("*.ckpt"))
-             if (m := re.search(r"epoch=(\d+)", p.name))}  # fmt: skip
-    if last_only or not found:
-        yield run / "checkpoints" / "last.ckpt"
-    else:
-        yield from (found[round_index] for round_index in sorted(found))
+    """Yield a run's checkpoints by their rounds; the last one if there are no others."""
+    folder = run / "checkpoints"
+    found = {int(m[1]): path for path in sorted(folder.glob("*.ckpt"))
+             if (m := re.search(r"epoch=(\d+)", path.name))}  # fmt: skip
+    kept = [found[round_index] for round_index in sorted(found)] or [folder / "last.ckpt"]
+    yield from kept[-1:] if last_only else kept
 
 
 def _queries_at(run: Path, level: float) -> float:

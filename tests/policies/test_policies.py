@@ -1,8 +1,9 @@
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from lit_align.functional.noise import sample_generators
-from lit_align.policies import DiffusionPolicy, SD3Policy, StableDiffusionPolicy
+from lit_align.policies import DiffusionPolicy, SD3Policy, StableDiffusionPolicy, adapters
 from lit_align.policies.adapters import LORA_FILE
 from tests.conftest import tiny_pipeline, tiny_policy
 
@@ -299,3 +300,13 @@ def test_kl_to_reference_is_that_of_the_transitions(family, prediction, train):
         ).sum(dim=(1, 2, 3))
         assert expected.min() > 0
         torch.testing.assert_close(found[:, step], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_lora_has_the_papers_size_on_stable_diffusion_1():
+    """Rank 4 on the attention projections of its U-Net, without any weights in memory."""
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel(cross_attention_dim=768)
+        targets = list(StableDiffusionPolicy.default_lora_targets)
+        adapters.add_lora(denoiser.requires_grad_(False), 4, 4, targets)
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == 797_184
