@@ -57,7 +57,7 @@ def grid(runs: str, only: str | None = None, draw_only: bool = False, workers: i
         ]
         for future in started:
             future.result()
-    curves = {name: _read_all(results, name, listed["seeds"]) for name in listed["runs"]}
+    curves = {name: read_results(results, name, listed["seeds"]) for name in listed["runs"]}
     summary = summarise(curves, listed["runs"])
     (results / "summary.md").write_text(summary, encoding="utf-8")
     print(summary)
@@ -88,7 +88,8 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _read_all(results: Path, name: str, seeds: Sequence[int]) -> list[Rows]:
+def read_results(results: Path, name: str, seeds: Sequence[int]) -> list[Rows]:
+    """Return the validation rows of each seed of a run that has finished."""
     found = []
     for seed in seeds:
         path = results / f"{name}_seed{seed}.csv"

@@ -89,7 +89,7 @@ def test_committed_tables_follow_from_the_committed_results():
     for path in (ROOT / "configs").rglob("runs.yaml"):
         listed = yaml.safe_load(path.read_text())
         results = path.parent / "results"
-        curves = {n: grid._read_all(results, n, listed["seeds"]) for n in listed["runs"]}
+        curves = {n: grid.read_results(results, n, listed["seeds"]) for n in listed["runs"]}
         assert all(len(seeds) == len(listed["seeds"]) for seeds in curves.values())
         summary = grid.summarise(curves, listed["runs"])
         assert (results / "summary.md").read_text() == summary
@@ -119,7 +119,7 @@ def test_committed_results_show_over_optimisation_and_its_absence():
         ("verifier_shapes-sd", "ShapesVerifier"),
         ("verifier_shapes-sd3", "ShapesVerifier"),
     ):
-        seeds = grid._read_all(results, run, [0, 1, 2])
+        seeds = grid.read_results(results, run, [0, 1, 2])
         slopes[run] = [rows[-1]["val/generalization/ShapesCLIP"] for rows in seeds]
         for seed, rows in enumerate(seeds):
             reasons = []

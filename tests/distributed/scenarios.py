@@ -40,13 +40,13 @@ METHODS = {
     },
     "LargeScaleRL": {"family": "sd3", "train": "full", "timestep_fraction": 1.0},
 }  # fmt: skip
-# Over all processes. In the sample-major order of DDPO half a minibatch, which is that of one of two
+# Over all processes. In the sample-major order of DDPO half a minibatch, the share of one of two
 # processes, holds whole samples of 3 trained steps. Else the pairs of a sample would lie in two
 # minibatches on one process and in one on two, and the updates would differ.
 SIZES = {
-    "DDPO": {"rollout_batch_size": 8, "minibatch_size": 12},
-    "TDPO": {"rollout_batch_size": 8, "minibatch_size": 4},
-    "LargeScaleRL": {"rollout_batch_size": 8, "minibatch_size": 8, "pretraining_batch_size": 4},
+    "DDPO": {"minibatch_size": 12},
+    "TDPO": {"minibatch_size": 4},
+    "LargeScaleRL": {"minibatch_size": 8, "pretraining_batch_size": 4},
 }
 # Updates to the middle of the first round, of 2, 4 and 5 updates, and in it of the second task.
 MIDDLE = {"DDPO": 1, "TDPO": 2, "LargeScaleRL": 3}
@@ -74,7 +74,9 @@ def make(method, rank=0, parts=1, **options):
         other = Task(Brightness(), prompts_per_round=2, samples_per_prompt=4)
         options["tasks"] = {"color": Task(Colorfulness()), "brightness": other}
     sizes = {key: size // parts for key, size in SIZES[method].items()}
-    common = {"clip_range": 1e-2, "lr": 1e-3, "adam_epsilon": EPS}
+    # Rollouts in equal batches are equal bit by bit, else a pixel is rounded to another level now
+    # and then.
+    common = {"rollout_batch_size": 4, "clip_range": 1e-2, "lr": 1e-3, "adam_epsilon": EPS}
     return make_method(method, **{**METHODS[method], **common, **sizes, **options})
 
 

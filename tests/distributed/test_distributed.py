@@ -86,7 +86,7 @@ def test_two_processes_log_what_one_logs(folder, name):
         logs = left_by(folder, name, rank)["logs"]
         assert len(logs) == len(expected)
         for row, wanted in zip(logs, expected, strict=True):
-            assert row == pytest.approx(wanted, abs=ATOL, rel=1e-4)
+            assert row == pytest.approx(wanted, abs=10 * ATOL, rel=1e-3)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
