@@ -6,6 +6,7 @@ scores, the counters, and what it is: the method, the policy's name and hash, an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -78,6 +79,8 @@ def trainable_names(module: nn.Module) -> set[str]:
 
 
 def _holds_module(value: Any) -> bool:
+    if dataclasses.is_dataclass(value):  # a task holds its reward
+        value = vars(value)
     if isinstance(value, dict):
         return any(_holds_module(item) for item in value.values())
     return isinstance(value, nn.Module)

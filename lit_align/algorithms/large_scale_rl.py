@@ -149,6 +149,7 @@ class LargeScaleRL(OnlineModule):
         logs = ratio_diagnostics(log_ratio, self.clip_range)
         if minibatch.pairs is None:
             return loss, logs
+        self._count(1, len(minibatch.pairs))
         pretraining, more = self._pretraining_loss(minibatch.pairs)
         return loss + pretraining, logs | more
 

@@ -195,6 +195,22 @@ def test_weighted_pretraining_adds_its_loss():
     assert together.item() == pytest.approx((alone + 0.5 * expected).item())
 
 
+def test_pairs_of_the_weighted_loss_are_counted():
+    module = large(pretraining="weighted", pretraining_batch_size=3, timestep_fraction=1.0)
+    trained(module, prompt_loader(), pairs())
+    assert module.counters["denoiser_calls"] == 24 + 24 + 3 * 3
+
+
+class Together(Brightness):
+    granularity = "batchwise"
+
+
+def test_every_tasks_reward_must_suit_the_background():
+    both = {"color": Task(Colorfulness()), "all": Task(Together())}
+    with pytest.raises(ValueError, match="Together looks at several images together"):
+        trained(large(tasks=both, background_rewards=True), {n: prompt_loader() for n in both})
+
+
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="either a `reward` or `tasks`"):
         LargeScaleRL(tiny_policy("sd"))
