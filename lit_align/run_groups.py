@@ -17,11 +17,12 @@ from lit_align.run_folder import read_metrics, validation_rows
 
 PHASES = ("rollout", "reward", "update")
 _SEEDS = ("model.init_args.seed", "seed_everything")
-# Options that do not change what is trained; callbacks only watch.
+# Options that do not change what is trained; callbacks only watch, but for `_RESETS`.
 _NOT_TRAINING = re.compile(
     r"(seed_everything|name|runs_dir|ckpt_path|model\.init_args\.seed"
     r"|trainer\.(logger|callbacks|default_root_dir|enable_\w+|log_every_n_steps)(\..*)?)$"
 )
+_RESETS = "NeuronResetCallback"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,13 @@ class Run:
 
     def training(self) -> dict[str, Any]:
         """Return the options that decide what is trained, but for the seed."""
-        return {k: v for k, v in self.options.items() if not _NOT_TRAINING.match(k)}
+        kept = {k: v for k, v in self.options.items() if not _NOT_TRAINING.match(k)}
+        for name, value in self.options.items():
+            place = name.removesuffix(".class_path")
+            if place != name and str(value).endswith(_RESETS):
+                own = _within(self.options, f"{place}.init_args.")
+                kept |= {f"{_RESETS}.{k}": v for k, v in own.items() if own.get("mode") != "none"}
+        return kept
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,11 @@ def read_run(path: Path) -> Run:
     if rows[0]["reward_queries"] or not rows[0].get(f"val/reward_std/{target}", math.nan) > 0:
         raise ValueError(f"{str(path)!r} does not begin with the base model's rewards and spread.")
     return Run(path, options, target, rows, {phase: _seconds(metrics, phase) for phase in PHASES})
+
+
+def _within(options: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the options whose names begin so, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in options.items() if k.startswith(prefix)}
 
 
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -106,6 +106,21 @@ def test_labels_tell_three_options_and_then_only_what_they_must(tmp_path):
     assert len(set(labels)) == 3
 
 
+def test_resets_make_another_method_and_measuring_does_not(tmp_path):
+    """Of all callbacks only this one changes what is trained."""
+    reset = {"class_path": "lit_align.callbacks.NeuronResetCallback"}
+    modes = {"plain": None, "measured": "none", "active": "active", "all": "all"}
+    for name, mode in modes.items():
+        folder = write_run(tmp_path / name)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        if mode:
+            config["trainer"]["callbacks"].append({**reset, "init_args": {"mode": mode}})
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    groups = read(*(tmp_path / name for name in modes))
+    assert [len(group.runs) for group in groups] == [2, 1, 1]
+    assert groups[1].label == "a (mode=active)"
+
+
 def test_seeds_meet_at_common_queries_up_to_the_shortest(tmp_path):
     write_run(tmp_path / "long", 0)
     write_run(tmp_path / "short", 1, gains=TARGET[:3], others=HELD_OUT[:3])

@@ -97,7 +97,7 @@ def checkpoints(
             found = _score(module.policy, chosen, *sampling)
             rows.append({"run": run.parent.name, "reward_queries": queries, **found})
             if queries == nearest:
-                label = f"{run.parent.name} ({queries})"
+                label = f"{run.parent.name}_{queries}".replace("_", "\n")
                 pictures[label] = _draw(module.policy, *sampling)
             print(rows[-1], flush=True)
     with Path(output).open("w", newline="", encoding="utf-8") as table:
