@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from lit_align.benchmarks import base_quality, grid, overhead
+from lit_align.benchmarks import base_quality, grid, matched, overhead
 from lit_align.callbacks import OveroptimizationStopping
 from tests.conftest import tiny_pipeline
 
@@ -93,7 +93,22 @@ def test_committed_tables_follow_from_the_committed_results():
         assert all(len(seeds) == len(listed["seeds"]) for seeds in curves.values())
         summary = grid.summarise(curves, listed["runs"])
         assert (results / "summary.md").read_text() == summary
-        assert summary in (path.parent / "README.md").read_text()
+        document = (path.parent / "README.md").read_text()
+        assert summary in document or "(results/summary.md)" in document
+
+
+MATCHED = [  # the tables of runs at equal gain, and what they were made with
+    ("tdpo", (0.5, 1.0, 1.25), "colorfulness", "configs/tdpo/results/unseen.csv"),
+    ("tdpo", (0.1, 0.15), "clip", None),
+]
+
+
+@pytest.mark.parametrize(("method", "levels", "only", "checkpoints"), MATCHED)
+def test_committed_runs_at_equal_gain(method, levels, only, checkpoints, capsys):
+    folder = ROOT / "configs" / method
+    others = str(ROOT / checkpoints) if checkpoints else None
+    matched.matched(str(folder / "runs.yaml"), levels, only, others)
+    assert capsys.readouterr().out in (folder / "README.md").read_text()
 
 
 def trajectory(rows, target):
