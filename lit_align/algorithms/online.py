@@ -251,8 +251,9 @@ class OnlineModule(AlignmentModule, ABC):
         for plan in self.plans.values():
             self.normalizer.check(plan.samples_per_prompt)
             plan.check(self.trainer.accumulate_grad_batches)
-        for name in self.trained_rewards if self.background_rewards else []:
-            check_background(self.rewards[name])
+        for reward in (self.reward, *map(self.rewards.get, self.trained_rewards)):
+            if self.background_rewards and reward is not None:
+                check_background(reward)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return what keeps every checkpoint of a round resumable."""
