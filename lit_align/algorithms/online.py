@@ -280,7 +280,7 @@ class OnlineModule(AlignmentModule, ABC):
         loss, logs = self.loss(batch)
         logs = {"train/loss": loss, **logs}
         self._window.append({name: value.detach() for name, value in logs.items()})
-        self._count(getattr(batch, "guidance_scale", 1), len(batch))
+        self._count(getattr(batch, "guidance_scale", 1), len(batch))  # pairs have no guidance
         counters = {name: float(count) for name, count in self.counters.items()}
         self.log_dict({**self._round_logs, **counters}, batch_size=len(batch))
         return loss

@@ -120,8 +120,7 @@ class TDPO(OnlineModule):
         self.lr_critic, self.critic_weight_decay = lr_critic, critic_weight_decay
         self.keep_predicted = critic_input == "x0_hat"
         self.clip_range, self.clip_range_critic = clip_range, clip_range_critic
-        self.cf_coef, self.gamma = cf_coef, gamma
-        self.temporal_reward_norm = temporal_reward_norm
+        self.cf_coef, self.gamma, self.temporal_reward_norm = cf_coef, gamma, temporal_reward_norm
         self.kl_coef, self.kl_kind = kl_coef, kl_kind
         self.kl_controller = AdaptiveCoefficient(kl_init, kl_target, kl_horizon)
         self.stateful["kl_coefficient"] = self.kl_controller
@@ -186,7 +185,8 @@ class TDPO(OnlineModule):
         self.critic.tower.to(self.device)
         super().setup(stage)
         update = self.minibatch_size * self.trainer.accumulate_grad_batches
-        if stage == "fit" and (self.plan.samples % update or self.minibatch_order[0] == "s"):
+        mixed = self.minibatch_order != "timestep_major" or self.plan.samples % update
+        if stage == "fit" and mixed:
             raise ValueError(
                 "TDPO updates step by step: use `minibatch_order: timestep_major`, and let "
                 f"`minibatch_size` x `trainer.accumulate_grad_batches` ({update}) divide the "

@@ -56,7 +56,7 @@ LISTS = {
     "heldout": Listed("shapes-heldout", 192, 1, ("ShapesVerifier", "ShapesCLIP", "Colorfulness")),
     "unseen": Listed("shapes-unseen", 96, 1, ("ShapesVerifier", "ShapesCLIP", "Colorfulness")),
     "relations": Listed("shapes-relations-heldout", 192, 1, ("ShapesVerifier",)),
-    "colored": Listed("shapes-colored-heldout", 192, 1, ("ShapesVerifier",)),
+    "colored": Listed("shapes-colored-heldout", 192, 4, ("ShapesVerifier",)),
     "uncolored": Listed("shapes-uncolored-heldout", 80, 6, ("Parity", "ShapesVerifier")),
 }
 
@@ -88,7 +88,8 @@ def checkpoints(
         if not rows:
             base = DiffusionPolicy.from_pretrained(module.policy.pretrained, train="none")
             rows.append({"run": "base", "reward_queries": 0, **_score(base, chosen, *sampling)})
-            pictures["base"] = _draw(base, *sampling)
+            if level is not None:
+                pictures["base"] = _draw(base, *sampling)
         nearest = None if level is None else _queries_at(run, level)
         for file in files:
             stored = read_checkpoint(str(file))
@@ -104,7 +105,7 @@ def checkpoints(
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    if level is not None:
+    if pictures:
         prompts = [text for text, _ in _drawn_prompts()]
         draw_rows(pictures, prompts).savefig(Path(output).with_suffix(".png"))
 

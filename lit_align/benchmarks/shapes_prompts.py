@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from lit_align.shapes.grammar import caption, sample_split
+from lit_align.shapes.grammar import caption, sample_split, states_colors
 from lit_align.shapes.scene import Facts
 
 FOLDER = Path(__file__).parent.parent / "data" / "prompts"
@@ -51,7 +51,7 @@ def prompt_lists() -> dict[str, list[Facts]]:
             for _ in range(REPEATS)
         ],
         "shapes-colored-heldout": list(
-            islice(filter(_is_colored, sample_split("heldout", 1_000, seed=900)), 192)
+            islice(filter(states_colors, sample_split("heldout", 1_000, seed=900)), 192)
         ),
     }
 
@@ -65,10 +65,6 @@ def _uncolored(split: str, kinds: Iterable[str], seed: int) -> Iterator[Facts]:
     for kind in kinds:
         drawn = dict.fromkeys(sample_split(split, 10_000, seed, kind))
         yield from (f for f in drawn if all(item.color is None for item in f.objects))
-
-
-def _is_colored(facts: Facts) -> bool:
-    return all(item.color is not None for item in facts.objects)
 
 
 def lines(facts: Iterable[Facts]) -> str:

@@ -37,14 +37,17 @@ class ShapesPairs(Dataset[dict[str, Any]]):
         size: Number of pairs.
         seed: Decides captions and pictures.
         splits: Prompt splits to draw from.
+        colored: Only captions that state the colour of every object.
     """
 
-    def __init__(self, size: int, seed: int, splits: tuple[str, ...] = ("train",)) -> None:
+    def __init__(
+        self, size: int, seed: int, splits: tuple[str, ...] = ("train",), colored: bool = False
+    ) -> None:
         rng = random.Random(seed)
         facts: list[Facts] = []
         while len(facts) < size:
             drawn = grammar.sample_facts(rng)
-            if grammar.split_of(drawn) in splits:
+            if grammar.split_of(drawn) in splits and (not colored or grammar.states_colors(drawn)):
                 facts.append(drawn)
         self.captions = [grammar.caption(f) for f in facts]
         images = renderer.render([renderer.sample_scene(f, rng) for f in facts])
@@ -69,6 +72,8 @@ class ShapesPairsDataModule(LightningDataModule):
         batch_size: Pairs per batch.
         splits: Prompt splits to train on: "train", "heldout", "unseen".
         seed: Decides captions, pictures and their order.
+        colored: Train only on captions that state the colour of every object: pairs that say
+            nothing about the colours of the others.
     """
 
     def __init__(
@@ -78,15 +83,16 @@ class ShapesPairsDataModule(LightningDataModule):
         batch_size: int = 64,
         splits: tuple[str, ...] = ("train",),
         seed: int = 0,
+        colored: bool = False,
     ) -> None:
         super().__init__()
         self.size, self.val_size, self.batch_size = size, val_size, batch_size
-        self.splits, self.seed = splits, seed
+        self.splits, self.seed, self.colored = splits, seed, colored
 
     def setup(self, stage: str) -> None:
         """Render the pairs."""
         if stage == "fit":
-            self.train = ShapesPairs(self.size, self.seed, self.splits)
+            self.train = ShapesPairs(self.size, self.seed, self.splits, self.colored)
         self.val = ShapesPairs(self.val_size, self.seed + 1, ("heldout",))
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -69,6 +69,17 @@ class RewardModule(nn.Module, ABC):
         """Restore what `statistics` returned."""
 
 
+def granularity_of(scope: str) -> Literal["groupwise", "batchwise"]:
+    """Return the granularity of a reward that compares the images of a `scope`.
+
+    Raises:
+        ValueError: If it is neither "group" nor "batch".
+    """
+    if scope not in ("group", "batch"):
+        raise ValueError(f"`scope` must be 'group' or 'batch', got {scope!r}.")
+    return "groupwise" if scope == "group" else "batchwise"
+
+
 def checked_scores(reward: RewardModule, scores: Any, batch: int) -> Tensor:
     """Return `scores` if they keep the contract.
 

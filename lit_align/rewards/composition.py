@@ -134,11 +134,8 @@ def named_objects(prompt: str, metadata: dict[str, Any] | None) -> list[Any] | N
                 "single object into a list."
             )
         return objects
-    try:
-        facts: list[Any] = grammar.parse(prompt).to_metadata()["objects"]
-    except ValueError:
-        return None
-    return facts
+    facts = grammar.parse_if_caption(prompt)
+    return None if facts is None else list(facts.to_metadata()["objects"])
 
 
 def _facts(objects: list[Any]) -> Facts:

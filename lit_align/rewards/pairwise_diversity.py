@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_align.rewards.base import Metadata, RewardModule
+from lit_align.rewards.base import Metadata, RewardModule, granularity_of
 
 
 class PairwiseDiversityReward(RewardModule):
@@ -32,11 +32,9 @@ class PairwiseDiversityReward(RewardModule):
 
     def __init__(self, embedder: nn.Module, scope: Literal["group", "batch"] = "group") -> None:
         super().__init__()
-        if scope not in ("group", "batch"):
-            raise ValueError(f"`scope` must be 'group' or 'batch', got {scope!r}.")
         self.embedder = embedder.requires_grad_(False)
         self.scope = scope
-        self.granularity = "groupwise" if scope == "group" else "batchwise"  # type: ignore[misc]
+        self.granularity = granularity_of(scope)  # type: ignore[misc]
         self.eval()
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lit_align.rewards.base import Metadata, RewardModule
+from lit_align.rewards.base import Metadata, RewardModule, granularity_of
 
 _REACHED = 1e-9  # distances below are rounding; any other one of counts is far larger
 _SUM_TOLERANCE = 1e-3
@@ -64,8 +64,7 @@ class DistributionParity(RewardModule):
         target: list[float] | None = None,
     ) -> None:
         super().__init__()
-        if scope not in ("group", "batch"):
-            raise ValueError(f"`scope` must be 'group' or 'batch', got {scope!r}.")
+        self.granularity = granularity_of(scope)  # type: ignore[misc]
         if credit not in ("shared", "marginal"):
             raise ValueError(f"`credit` must be 'shared' or 'marginal', got {credit!r}.")
         if scope == "batch" and credit == "shared":
@@ -76,7 +75,6 @@ class DistributionParity(RewardModule):
         self.classifier = classifier.requires_grad_(False)
         self.scope, self.credit = scope, credit
         self.target = None if target is None else _distribution(target)
-        self.granularity = "groupwise" if scope == "group" else "batchwise"  # type: ignore[misc]
         self.eval()
 
     @torch.no_grad()

@@ -43,7 +43,4 @@ class ShapesVerifier(RewardModule):
 def _facts(prompt: str, metadata: dict[str, Any] | None) -> Facts | None:
     if metadata and "objects" in metadata:
         return Facts.from_metadata(metadata)
-    try:
-        return grammar.parse(prompt)
-    except ValueError:
-        return None
+    return grammar.parse_if_caption(prompt)

@@ -97,6 +97,19 @@ def parse(text: str) -> Facts:
     return facts
 
 
+def parse_if_caption(text: str) -> Facts | None:
+    """Return the facts of a caption, None for any other text."""
+    try:
+        return parse(text)
+    except ValueError:
+        return None
+
+
+def states_colors(facts: Facts) -> bool:
+    """Return whether a caption of the facts states the colour of every object."""
+    return all(item.color is not None for item in facts.objects)
+
+
 def sample_facts(rng: random.Random, kind: str | None = None) -> Facts:
     """Draw facts as a caption would state them, some of them omitted.
 

@@ -8,21 +8,12 @@ from lit_align.data.image_text import PairStream, ShapesPairs
 from lit_align.functional.advantages import batch_advantages
 from lit_align.functional.noise import keyed_generator
 from lit_align.rewards import Colorfulness, JPEGCompressibility, RewardModule
-from lit_align.trajectory import PairBatch, Transition
-from tests.algorithms.harness import make_trainer, prompt_loader
+from lit_align.trajectory import PairBatch, PromptBatch, Trajectory, Transition
+from tests.algorithms.harness import SIZES, make_trainer, prompt_loader
+from tests.algorithms.test_ddpo import OneProcess
 from tests.conftest import tiny_policy
 
 ATOL = 1e-6
-SIZES = {
-    "num_inference_steps": 3,
-    "guidance_scale": 1.0,
-    "prompts_per_round": 4,
-    "samples_per_prompt": 2,
-    "rollout_batch_size": 8,
-    "minibatch_size": 8,
-    "clip_range": 1e-3,
-    "lr": 1e-2,
-}
 
 
 def pairs(size=16):
@@ -69,6 +60,11 @@ def test_the_papers_advantages():
     assert module.normalizer.correction == 1
     assert module.adv_clip_max == 10
     assert batch_advantages(outlier, 1e-7, 1).max() > 10
+    module._trainer = OneProcess()
+    ids, empty = torch.arange(400), torch.zeros(400, 1)
+    batch = PromptBatch(["x"] * 400, [None] * 400, ids, ids, ids)
+    trajectory = Trajectory(empty, empty, empty, {}, 1.0, 1, batch=batch, rewards=outlier)
+    assert module.compute_targets(trajectory).advantages.max() == 10
 
 
 def test_pretraining_has_the_gradient_of_the_denoising_error():

@@ -6,6 +6,7 @@ from lit_align.algorithms.tdpo import clipped_value_loss
 from lit_align.functional.advantages import discounted_returns
 from lit_align.policies import TemporalCritic
 from lit_align.rewards import Colorfulness
+from lit_align.rewards.base import quantize
 from lit_align.trajectory import PromptBatch, Trajectory
 from tests.algorithms.harness import fit
 from tests.algorithms.test_ddpo import OneProcess
@@ -170,13 +171,9 @@ def test_the_critic_looks_at_decoded_states(critic_input):
     minibatch = kept[0]
     assert minibatch.timesteps.shape == (4,)
     decoded = module.policy.decode(minibatch.latents)
-    embeddings = embed(module_quantised(decoded))
+    embeddings = embed(quantize(decoded))
     same = torch.allclose(embeddings, minibatch.extras["embeddings"], atol=1e-5)
     assert same == (critic_input == "xt")
-
-
-def module_quantised(images):
-    return (images * 255).round() / 255
 
 
 def test_bad_options_are_refused():

@@ -11,6 +11,7 @@ from PIL import Image
 from lit_align.algorithms.pretraining import DenoisingPretraining
 from lit_align.data.image_files import ImageTextFiles
 from lit_align.data.image_text import ImageTextDataModule, PairStream, ShapesPairs
+from lit_align.shapes.grammar import parse, states_colors
 from tests.conftest import tiny_policy
 
 SIZE = 32
@@ -286,6 +287,15 @@ def test_the_fingerprint_tells_datasets_apart():
     assert original not in [PairStream(other, seed=1).fingerprint for other in others]
     rendered = PairStream(ShapesPairs(3, seed=0), seed=0)
     assert rendered.batch(0, 2).images.shape == (2, 3, SIZE, SIZE)
+
+
+def test_rendered_pairs_may_state_all_colors():
+    drawn, colored = (
+        [states_colors(parse(text)) for text in ShapesPairs(40, seed=0, colored=only).captions]
+        for only in (False, True)
+    )
+    assert not all(drawn)
+    assert colored == [True] * 40
 
 
 def test_a_stream_needs_pairs():
