@@ -55,9 +55,9 @@ class Listed(NamedTuple):
 LISTS = {
     "heldout": Listed("shapes-heldout", 192, 1, ("ShapesVerifier", "ShapesCLIP", "Colorfulness")),
     "unseen": Listed("shapes-unseen", 96, 1, ("ShapesVerifier", "ShapesCLIP", "Colorfulness")),
-    "relations": Listed("shapes-relations-heldout", 192, 1, ("ShapesVerifier",)),
+    "relations": Listed("shapes-relations-heldout", 192, 4, ("ShapesVerifier",)),
     "colored": Listed("shapes-colored-heldout", 192, 4, ("ShapesVerifier",)),
-    "uncolored": Listed("shapes-uncolored-heldout", 80, 6, ("Parity", "ShapesVerifier")),
+    "uncolored": Listed("shapes-uncolored-test", 496, 1, ("Parity", "ShapesVerifier")),
 }
 
 

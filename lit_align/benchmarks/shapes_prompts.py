@@ -10,9 +10,9 @@ For relations and for colours that the caption leaves open:
 
 shapes-relations          1,000 different captions of the train split that state a relation
 shapes-relations-heldout  192 of the held-out split
-shapes-uncolored          all captions of one object of the train split that state no colour
-shapes-uncolored-heldout  all of one object, or of equal ones, of the held-out split, each 16 times
-                          in a row
+shapes-uncolored          two in three captions of one object, or of equal ones, of the train split
+                          that state no colour
+shapes-uncolored-test     the third one, and all of the held-out split, each 16 times in a row
 shapes-colored-heldout    192 captions of the held-out split that state the colour of every object,
                           drawn with repetition
 """
@@ -33,6 +33,7 @@ REPEATS = 16  # of a prompt whose images are compared with each other
 
 def prompt_lists() -> dict[str, list[Facts]]:
     """Return the facts of every list by name."""
+    uncolored = list(_uncolored("train", seed=700))
     return {
         "shapes-train": list(_different(sample_split("train", 20_000, seed=100), 2_000)),
         "shapes-mixture": sample_split("train", 2_000, seed=400),
@@ -44,10 +45,10 @@ def prompt_lists() -> dict[str, list[Facts]]:
         "shapes-relations-heldout": list(
             _different(sample_split("heldout", 1_000, seed=600, kind="relation"), 192)
         ),
-        "shapes-uncolored": list(_uncolored("train", ("single",), seed=700)),
-        "shapes-uncolored-heldout": [
+        "shapes-uncolored": [f for number, f in enumerate(uncolored) if number % 3 != 2],
+        "shapes-uncolored-test": [
             facts
-            for facts in _uncolored("heldout", ("single", "count"), seed=800)
+            for facts in (*uncolored[2::3], *_uncolored("heldout", seed=800))
             for _ in range(REPEATS)
         ],
         "shapes-colored-heldout": list(
@@ -60,9 +61,9 @@ def _different(facts: Iterable[Facts], count: int) -> Iterator[Facts]:
     yield from list(dict.fromkeys(facts))[:count]
 
 
-def _uncolored(split: str, kinds: Iterable[str], seed: int) -> Iterator[Facts]:
-    """Yield the split's captions of these kinds that state no colour, each once, kind by kind."""
-    for kind in kinds:
+def _uncolored(split: str, seed: int) -> Iterator[Facts]:
+    """Yield the split's captions of equal objects that state no colour, each once."""
+    for kind in ("single", "count"):
         drawn = dict.fromkeys(sample_split(split, 10_000, seed, kind))
         yield from (f for f in drawn if all(item.color is None for item in f.objects))
 

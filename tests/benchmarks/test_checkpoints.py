@@ -31,7 +31,7 @@ def test_checkpoints_are_scored_on_other_prompts(monkeypatch):
     main(["fit", "--config", "run.yaml", "--name", "own", "--trainer.enable_progress_bar=false"])
     lists = {
         "unseen": Listed("shapes-unseen", 3, 1, ("Colorfulness",)),
-        "uncolored": Listed("shapes-uncolored-heldout", 2, 3, ("Parity",)),
+        "uncolored": Listed("shapes-uncolored-test", 2, 3, ("Parity",)),
     }
     monkeypatch.setattr(benchmark, "LISTS", lists)
     checkpoints(["runs/own"], "table.csv", level=1.0)
