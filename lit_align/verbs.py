@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -39,9 +40,13 @@ def load_module(ckpt_path: str, weights: Weights = "trained") -> LightningModule
             "`DDPO.load_from_checkpoint(path, policy=..., reward=...)` and call `save_pretrained`."
         )
     average = stored_average(stored) if weights == "ema" else {}
-    module: LightningModule = LightningModule.load_from_checkpoint(
-        ckpt_path, map_location="cpu", weights_only=True
-    )
+    with warnings.catch_warnings():
+        # Frozen weights come from the pretrained model, not from the checkpoint.
+        warnings.filterwarnings("ignore", "Found keys that are in the model state dict")
+        warnings.filterwarnings("ignore", "Attribute '.*' is an instance of `nn.Module`")
+        module: LightningModule = LightningModule.load_from_checkpoint(
+            ckpt_path, map_location="cpu", weights_only=True
+        )
     module.load_state_dict(average, strict=False)
     return module
 

@@ -23,6 +23,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from lit_align.algorithms.base import AlignmentModule
+from lit_align.callbacks.ema import stored_average
 from lit_align.callbacks.sample_gallery import draw_rows
 from lit_align.checkpoint_io import read_checkpoint
 from lit_align.data.prompts import PromptFile
@@ -37,7 +38,7 @@ from lit_align.rewards import (
 )
 from lit_align.rewards.base import quantize, uint8_images
 from lit_align.run_groups import find_runs, read_run
-from lit_align.verbs import load_module, sample_images
+from lit_align.verbs import Weights, load_module, sample_images
 
 _BATCH = 96
 _NEXT_IMAGE = 10_000  # from one image of a prompt to the next, more than there are prompts
@@ -53,7 +54,7 @@ class Listed(NamedTuple):
 
 
 LISTS = {
-    "heldout": Listed("shapes-heldout", 192, 1, ("ShapesVerifier", "ShapesCLIP", "Colorfulness")),
+    "heldout": Listed("shapes-heldout", 192, 4, ("ShapesVerifier", "ShapesCLIP", "Colorfulness")),
     "unseen": Listed("shapes-unseen", 96, 1, ("ShapesVerifier", "ShapesCLIP", "Colorfulness")),
     "relations": Listed("shapes-relations-heldout", 192, 4, ("ShapesVerifier",)),
     "colored": Listed("shapes-colored-heldout", 192, 4, ("ShapesVerifier",)),
@@ -67,6 +68,7 @@ def checkpoints(
     lists: list[str] | None = None,
     last_only: bool = False,
     level: float | None = None,
+    weights: Weights = "trained",
 ) -> None:
     """Write the table, and with a `level` the picture beside it.
 
@@ -76,6 +78,7 @@ def checkpoints(
         lists: Of "heldout", "unseen", "relations", "colored", "uncolored"; by default all.
         last_only: Score only each run's last checkpoint.
         level: Gain of the trained reward, in standard deviations of the base, to draw at.
+        weights: "trained", or "ema" for the average that AdapterEMA kept.
     """
     chosen = {name: LISTS[name] for name in lists or LISTS}
     rows: list[dict[str, Any]] = []
@@ -93,10 +96,11 @@ def checkpoints(
         nearest = None if level is None else _queries_at(run, level)
         for file in files:
             stored = read_checkpoint(str(file))
-            module.load_state_dict(stored["state_dict"], strict=False)
+            found = stored["state_dict"] if weights == "trained" else stored_average(stored)
+            module.load_state_dict(found, strict=False)
             queries = stored["lit_align"]["counters"]["reward_queries"]
-            found = _score(module.policy, chosen, *sampling)
-            rows.append({"run": run.parent.name, "reward_queries": queries, **found})
+            scores = _score(module.policy, chosen, *sampling)
+            rows.append({"run": run.parent.name, "reward_queries": queries, **scores})
             if queries == nearest:
                 label = f"{run.parent.name}_{queries}".replace("_", "\n")
                 pictures[label] = _draw(module.policy, *sampling)

@@ -54,9 +54,17 @@ class ExperienceLoader:
         prompts: The stream of prompts.
         beside: Fingerprint of what minibatches hold beside samples, so that a resumed run sees if
             it was changed.
+
+    Raises:
+        ValueError: If there are several streams.
     """
 
     def __init__(self, collector: Collector, prompts: PromptLoader, beside: str = "") -> None:
+        if isinstance(prompts, dict):
+            raise ValueError(
+                f"`data.init_args.train` names prompt lists of tasks, {sorted(prompts)}, but "
+                f"{type(collector).__name__} has no tasks; give it one list."
+            )
         self.collector, self.prompts, self.beside = collector, prompts, beside
         self._round = -1
         self._served = 0

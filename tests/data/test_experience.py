@@ -384,3 +384,8 @@ def test_a_part_that_failed_is_collected_when_a_chain_is_resumed():
         del failing.collect  # it works again
         for again in (chain, resumed):
             assert [content(minibatch) for minibatch in again] == remaining
+
+
+def test_prompt_lists_of_tasks_need_tasks():
+    with pytest.raises(ValueError, match=r"\['a', 'b'\], but NoneType has no tasks"):
+        ExperienceLoader(None, {"a": None, "b": None})
