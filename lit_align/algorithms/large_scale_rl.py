@@ -108,20 +108,21 @@ class LargeScaleRL(OnlineModule):
         )  # fmt: skip
         if clip_range <= 0:
             raise ValueError(f"`clip_range` must be positive, got {clip_range}.")
-        self.clip_range = clip_range
-        self.pretraining, self.pretraining_beta = pretraining, pretraining_beta
+        self.clip_range, self.pretraining_beta = clip_range, pretraining_beta
+        self.pretraining, self.pretraining_steps = pretraining, pretraining_steps
         self.pretraining_batch_size = pretraining_batch_size
-        self.pretraining_steps = pretraining_steps
         self.pairs: Any = None  # a `PairStream`, once there are loaders
-        self.tasks, self.task = tasks or {}, ""
+        self.tasks, self.task, self.advantage_norm = tasks or {}, "", advantage_norm
         if tasks:
             self.trained_rewards = list(tasks)
             self.begin(next(iter(tasks)))
 
     def begin(self, name: str) -> None:
         """Make it a task's turn."""
-        self.task, self.reward, self.reward_name = name, self.tasks[name].reward, name
-        self.noise_key = f"rollout {name}"  # no two tasks share theirs
+        if task := self.tasks.get(name):
+            self.task, self.reward, self.reward_name = name, task.reward, name
+            self.normalizer.kind = task.advantage_norm or self.advantage_norm
+            self.noise_key = f"rollout {name}"  # no two tasks share theirs
 
     @property
     def plans(self) -> dict[str, RoundPlan]:

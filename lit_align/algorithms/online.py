@@ -101,8 +101,6 @@ class OnlineModule(AlignmentModule, ABC):
         self.normalizer = RewardNormalizer(
             advantage_norm, advantage_eps, std_unbiased, buffer_size, min_count
         )
-        if reward is not None:
-            self.normalizer.check(samples_per_prompt)
         self.reward_name = reward.name if reward is not None else ""
         self.stateful: dict[str, Any] = {"statistics": self.normalizer.statistics}
         self._round_logs: dict[str, float] = {}
@@ -110,6 +108,9 @@ class OnlineModule(AlignmentModule, ABC):
         self._update_started = 0.0
         self._experience: Any = None
         self._experience_state: Any = None
+
+    def begin(self, name: str) -> None:
+        """Make it the turn of a part of `plans`; here it is always that of the only one."""
 
     @abstractmethod
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
@@ -248,7 +249,8 @@ class OnlineModule(AlignmentModule, ABC):
             return
         self.policy.scheduler.set_timesteps(self.num_inference_steps)
         self.policy.scheduler.check_density(type(self).__name__)
-        for plan in self.plans.values():
+        for name, plan in self.plans.items():
+            self.begin(name)
             self.normalizer.check(plan.samples_per_prompt)
             plan.check(self.trainer.accumulate_grad_batches)
         for reward in (self.reward, *map(self.rewards.get, self.trained_rewards)):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lit_align.data.experience import ChainedLoader, ExperienceLoader
 from lit_align.data.image_text import PairStream
 from lit_align.data.planner import RoundPlan
+from lit_align.functional.advantages import AdvantageNorm
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import PairBatch, PromptBatch, Trajectory, Transition
 
@@ -27,11 +28,13 @@ class Task:
         reward: What the task maximises.
         prompts_per_round: Over all processes; by default the module's.
         samples_per_prompt: Images per prompt; by default the module's.
+        advantage_norm: How its rewards are normalised; by default as the module says.
     """
 
     reward: RewardModule
     prompts_per_round: int | None = None
     samples_per_prompt: int | None = None
+    advantage_norm: AdvantageNorm | None = None
 
     def resize(self, plan: RoundPlan) -> RoundPlan:
         """Return the plan with the task's sizes."""

@@ -207,6 +207,27 @@ def test_every_tasks_reward_must_suit_the_background():
         trained(large(tasks=both, background_rewards=True), {n: prompt_loader() for n in both})
 
 
+def test_a_task_normalises_its_rewards_in_its_own_way():
+    ways = {"color": Task(Colorfulness(), advantage_norm="batch"), "groups": tasks()["groups"]}
+    module = large(tasks=ways, advantage_norm="group", adv_clip_max=None)
+    found = {}
+    compute_targets = module.compute_targets
+
+    def recorded(trajectory):
+        targets = compute_targets(trajectory)
+        found[module.task] = (trajectory.rewards, targets.advantages)
+        return targets
+
+    module.compute_targets = recorded
+    trained(module, loaders())
+    rewards, advantages = found["color"]
+    expected = batch_advantages(rewards, eps=1e-7, correction=1)
+    torch.testing.assert_close(advantages, expected)
+    groups = found["groups"][1].reshape(2, 4)
+    torch.testing.assert_close(groups.mean(dim=1), groups.new_zeros(2), atol=1e-6, rtol=0)
+    assert groups.std(dim=1).tolist() == pytest.approx([1, 1], abs=1e-3)
+
+
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="either a `reward` or `tasks`"):
         LargeScaleRL(tiny_policy("sd"))
@@ -228,6 +249,9 @@ def test_bad_options_are_refused():
     alone = {"color": Task(JPEGCompressibility(), 8, 1)}
     with pytest.raises(ValueError, match="needs `samples_per_prompt` of at least 2"):
         trained(large(tasks=alone, advantage_norm="group"), {"color": prompt_loader()})
+    alone["color"].advantage_norm = "group_mean"
+    with pytest.raises(ValueError, match="group_mean` needs `samples_per_prompt` of at least 2"):
+        trained(large(tasks=alone), {"color": prompt_loader()})
 
 
 def test_every_task_is_a_trained_reward():
