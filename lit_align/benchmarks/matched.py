@@ -10,7 +10,6 @@ seeds. Gains are over the base model, in standard deviations of its rewards. Giv
 
 from __future__ import annotations
 
-import csv
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from jsonargparse import auto_cli
 from omegaconf import OmegaConf
 
 from lit_align.benchmarks.grid import Rows, read_results
+from lit_align.benchmarks.outcomes import read_table
 from lit_align.metrics.cross_reward import at_level
 
 _PREFIX = "val/reward/"
@@ -41,7 +41,7 @@ def matched(
     """
     path = Path(runs)
     listed: Any = OmegaConf.to_container(OmegaConf.load(path))
-    others = _read_checkpoints(checkpoints) if checkpoints else {}
+    others = read_table(checkpoints) if checkpoints else {}
     table: list[dict[str, str]] = []
     for level in levels:
         for name in listed["runs"]:
@@ -92,15 +92,6 @@ def _target(rows: Rows) -> str:
 def _gains(rows: Rows, reward: str) -> list[float]:
     unit = rows[0][reward.replace("val/reward/", "val/reward_std/")]
     return [(row[reward] - rows[0][reward]) / unit for row in rows]
-
-
-def _read_checkpoints(path: str) -> dict[str, Rows]:
-    """Return the rows of each run, the base model's under "base"."""
-    found: dict[str, Rows] = {}
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row.pop("run"), []).append({k: float(v) for k, v in row.items()})
-    return found
 
 
 def _at_validations(

@@ -5,6 +5,7 @@ import yaml
 
 from lit_align.benchmarks import checkpoints as benchmark
 from lit_align.benchmarks.checkpoints import Listed, checkpoints
+from lit_align.benchmarks.outcomes import outcomes
 from lit_align.cli import main
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
@@ -47,3 +48,19 @@ def test_checkpoints_are_scored_on_other_prompts(monkeypatch):
     with Path("last.csv").open(newline="") as file:
         rows = [float(row["unseen/Colorfulness"]) for row in csv.DictReader(file)]
     assert rows == [values[0], values[2]]
+
+
+def test_outcomes_are_those_of_the_last_checkpoints(tmp_path, capsys):
+    path = tmp_path / "table.csv"
+    path.write_text(
+        "run,reward_queries,a/Parity\nbase,0,-0.5\nx_seed0,8,-0.4\nx_seed0,16,-0.1\n"
+        "x_seed1,16,-0.2\ny_seed0,16,-0.25\n"
+    )
+    outcomes(str(path))
+    assert capsys.readouterr().out.splitlines() == [
+        "| run | reward queries | a/Parity |",
+        "|---|---|---|",
+        "| base | 0 | -0.500 |",
+        "| x | 16 | -0.150 ± 0.071 |",
+        "| y | 16 | -0.250 |",
+    ]
