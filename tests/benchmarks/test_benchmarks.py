@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from lit_align.benchmarks import base_quality, grid, matched, overhead
+from lit_align.benchmarks import base_quality, grid, matched, outcomes, overhead
 from lit_align.callbacks import OveroptimizationStopping
 from tests.conftest import tiny_pipeline
 
@@ -109,6 +109,13 @@ def test_committed_runs_at_equal_gain(method, levels, only, checkpoints, capsys)
     folder = ROOT / "configs" / method
     others = str(ROOT / checkpoints) if checkpoints else None
     matched.matched(str(folder / "runs.yaml"), levels, only, others)
+    assert capsys.readouterr().out in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("table", ["fairness", "tasks"])
+def test_committed_outcomes(table, capsys):
+    folder = ROOT / "configs" / "large_scale_rl"
+    outcomes.outcomes(str(folder / "results" / f"{table}.csv"))
     assert capsys.readouterr().out in (folder / "README.md").read_text()
 
 
