@@ -10,6 +10,7 @@ the list names other columns under `columns`, a second one, `..._steps.csv`, hol
 from __future__ import annotations
 
 import csv
+import math
 import os
 import statistics
 import subprocess
@@ -133,23 +134,27 @@ def _spread(values: list[float], digits: int) -> str:
 def _draw(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> Figure:
     """Draw, per run, each reward's gain over the base in the figure's units, mean and range."""
     shown = [name for name, seeds in curves.items() if seeds]
-    figure = Figure(figsize=(4.2 * max(1, len(shown)), 3.4), dpi=120, layout="constrained")
-    axes = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
+    columns = max(1, min(4, len(shown)))
+    rows = max(1, math.ceil(len(shown) / columns))
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), dpi=120, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[max(1, len(shown)) :]:
+        axis.remove()
     for axis, name in zip(axes, shown, strict=False):
         seeds = curves[name]
         for reward in _rewards(seeds):
             queries = [row["reward_queries"] for row in seeds[0]]
-            gains = [[row[reward] - rows[0][reward] for row in rows] for rows in seeds]
-            columns = list(zip(*gains, strict=True))
+            gains = [[row[reward] - seed[0][reward] for row in seed] for seed in seeds]
+            points = list(zip(*gains, strict=True))
             label = reward.removeprefix("val/reward/")
-            (line,) = axis.plot(queries, [statistics.mean(c) for c in columns], label=label)
-            lows, highs = [min(c) for c in columns], [max(c) for c in columns]
+            (line,) = axis.plot(queries, [statistics.mean(p) for p in points], label=label)
+            lows, highs = [min(p) for p in points], [max(p) for p in points]
             axis.fill_between(queries, lows, highs, color=line.get_color(), alpha=0.2)
         axis.axhline(0, color="gray", linewidth=0.5)
         axis.set_title(runs[name].get("title", name), fontsize=9)
         axis.set_xlabel("reward queries")
         axis.legend(fontsize=7)
-    axes[0].set_ylabel("gain over the base, held-out prompts")
+    figure.supylabel("gain over the base, held-out prompts", fontsize=9)
     return figure
 
 

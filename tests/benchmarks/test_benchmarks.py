@@ -100,7 +100,7 @@ def test_committed_tables_follow_from_the_committed_results():
 MATCHED = [  # the tables of runs at equal gain, and what they were made with
     ("tdpo", (0.5, 1.0, 1.25), "colorfulness", "configs/tdpo/results/unseen.csv"),
     ("tdpo", (0.1, 0.15), "clip", None),
-    ("large_scale_rl", (0.4, 0.5), "", None),
+    ("large_scale_rl", (0.4, 0.5), "colorfulness", None),
 ]
 
 
