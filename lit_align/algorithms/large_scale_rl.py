@@ -121,7 +121,7 @@ class LargeScaleRL(OnlineModule):
         """Make it a task's turn."""
         if task := self.tasks.get(name):
             self.task, self.reward, self.reward_name = name, task.reward, name
-            self.normalizer.kind = task.advantage_norm or self.advantage_norm
+            self.normalizer.use(task.advantage_norm or self.advantage_norm)
             self.noise_key = f"rollout {name}"  # no two tasks share theirs
 
     @property

@@ -249,7 +249,7 @@ class OnlineModule(AlignmentModule, ABC):
             return
         self.policy.scheduler.set_timesteps(self.num_inference_steps)
         self.policy.scheduler.check_density(type(self).__name__)
-        for name, plan in self.plans.items():
+        for name, plan in reversed(self.plans.items()):  # it ends with the first one's turn
             self.begin(name)
             self.normalizer.check(plan.samples_per_prompt)
             plan.check(self.trainer.accumulate_grad_batches)

@@ -134,11 +134,12 @@ def _spread(values: list[float], digits: int) -> str:
 def _draw(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> Figure:
     """Draw, per run, each reward's gain over the base in the figure's units, mean and range."""
     shown = [name for name, seeds in curves.items() if seeds]
-    columns = max(1, min(4, len(shown)))
-    rows = max(1, math.ceil(len(shown) / columns))
+    panels = max(1, len(shown))
+    columns = min(4, panels)
+    rows = math.ceil(panels / columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), dpi=120, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[max(1, len(shown)) :]:
+    for axis in axes[panels:]:
         axis.remove()
     for axis, name in zip(axes, shown, strict=False):
         seeds = curves[name]

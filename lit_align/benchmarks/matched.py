@@ -10,7 +10,6 @@ seeds. Gains are over the base model, in standard deviations of its rewards. Giv
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from jsonargparse import auto_cli
 from omegaconf import OmegaConf
 
 from lit_align.benchmarks.grid import Rows, read_results
-from lit_align.benchmarks.outcomes import read_table
+from lit_align.benchmarks.outcomes import read_table, spread
 from lit_align.metrics.cross_reward import at_level
 
 _PREFIX = "val/reward/"
@@ -113,9 +112,7 @@ def _spread(column: str, values: list[float]) -> str:
         return "-"
     form = {"reward queries": ".0f", "FID": ".3f"}.get(column, "+.2f")
     form = "+.3f" if "/" in column else form
-    text = f"{statistics.mean(known):{form}}"
-    if len(known) > 1:
-        text += f" ± {statistics.stdev(known):{form.lstrip('+')}}"
+    text = spread(known, form)
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 

@@ -30,7 +30,7 @@ def outcomes(table: str) -> None:
     print(f"| run | {' | '.join(name.replace('_', ' ') for name in columns)} |")
     print("|---" * (len(columns) + 1) + "|")
     for name, seeds in groups.items():
-        cells = [_spread([row[column] for row in seeds], column) for column in columns]
+        cells = [_cell([row[column] for row in seeds], column) for column in columns]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -43,11 +43,23 @@ def read_table(path: str) -> dict[str, Rows]:
     return found
 
 
-def _spread(values: list[float], column: str) -> str:
+def _cell(values: list[float], column: str) -> str:
     if column == "reward_queries":
         return f"{statistics.mean(values):.0f}"
-    text = f"{statistics.mean(values):.3f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.3f}"
+    return spread(values, ".3f")
+
+
+def spread(values: list[float], form: str) -> str:
+    """Return mean ± standard deviation, just the mean of a single value.
+
+    Args:
+        values: At least one.
+        form: Format of the mean; the deviation has no sign.
+    """
+    text = f"{statistics.mean(values):{form}}"
+    if len(values) == 1:
+        return text
+    return f"{text} ± {statistics.stdev(values):{form.lstrip('+')}}"
 
 
 if __name__ == "__main__":

@@ -153,16 +153,26 @@ class RewardNormalizer:
         buffer_size: int = 32,
         min_count: int = 16,
     ) -> None:
-        if kind == "per_prompt" and std_unbiased:
+        self._eps, self._unbiased = eps, std_unbiased
+        self.statistics = PromptStatistics(buffer_size, min_count)
+        self.use(kind)
+
+    def use(self, kind: AdvantageNorm) -> None:
+        """Normalise in this way from now on.
+
+        Raises:
+            ValueError: If `std_unbiased` was asked for, and the way has none.
+        """
+        if kind == "per_prompt" and self._unbiased:
             raise ValueError(
                 "`std_unbiased` is for `advantage_norm: batch`, group or group_mean; "
                 "'per_prompt' takes the population's standard deviation."
             )
         self.kind = kind
-        self.eps = (1e-6 if kind == "per_prompt" else 1e-8) if eps is None else eps
-        unbiased = kind.startswith("group") if std_unbiased is None else std_unbiased
-        self.correction = int(unbiased)
-        self.statistics = PromptStatistics(buffer_size, min_count)
+        default = 1e-6 if kind == "per_prompt" else 1e-8
+        self.eps = default if self._eps is None else self._eps
+        grouped = kind.startswith("group")
+        self.correction = int(grouped if self._unbiased is None else self._unbiased)
 
     def check(self, samples_per_prompt: int) -> None:
         """Refuse groups of one image.

@@ -4,6 +4,7 @@ import torch
 from lit_align.algorithms import DDPO
 from lit_align.rewards import Colorfulness
 from lit_align.trajectory import PromptBatch, Trajectory
+from tests.algorithms.harness import fit, make_ddpo
 from tests.algorithms.toy import ToyPolicy, quadrature_paths, quadrature_transitions
 
 STEPS = 3
@@ -142,5 +143,7 @@ def test_unscored_samples_get_weight_zero_and_the_rest_average_to_one():
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="`clip_range` must be positive, got 0"):
         ddpo(ToyPolicy(0.0), clip_range=0.0)
+    with pytest.raises(ValueError, match="`samples_per_prompt` of at least 2"):
+        fit(make_ddpo(advantage_norm="group", samples_per_prompt=1, prompts_per_round=8))
     with pytest.raises(ValueError, match=r"`timestep_fraction` must lie in \(0, 1\], got 1.5"):
         ddpo(ToyPolicy(0.0), timestep_fraction=1.5)

@@ -252,6 +252,9 @@ def test_bad_options_are_refused():
     alone["color"].advantage_norm = "group_mean"
     with pytest.raises(ValueError, match="group_mean` needs `samples_per_prompt` of at least 2"):
         trained(large(tasks=alone), {"color": prompt_loader()})
+    alone["color"].advantage_norm = "per_prompt"
+    with pytest.raises(ValueError, match="takes the population's standard deviation"):
+        large(tasks=alone)
 
 
 def test_every_task_is_a_trained_reward():

@@ -556,3 +556,10 @@ def test_failures_name_the_reward():
     batch = PromptBatch(["", ""], [None, None], nothing, nothing, nothing)
     with pytest.raises(RewardError, match="DistributionParity failed for 2 image.*got list"):
         call_reward(DistributionParity(Returns([0, 1])), torch.rand(2, 3, 8, 8), batch)
+
+
+def test_sixteen_images_of_six_equal_classes_are_far_from_parity():
+    """The figure of configs/large_scale_rl/README.md."""
+    torch.manual_seed(0)
+    counts = torch.distributions.Multinomial(16, torch.ones(6) / 6).sample((20_000,))
+    assert parity(counts, torch.full((6,), 1 / 6)).mean().item() == pytest.approx(0.22, abs=5e-3)
