@@ -117,6 +117,25 @@ class PairBatch(Record):
 
 
 @dataclass(frozen=True)
+class PromptMinibatch(Record):
+    """N samples to be drawn with gradient.
+
+    Attributes:
+        batch: Their prompts.
+        round_index: Of the round, which with the positions decides their noise.
+        pairs: Image-text pairs to learn from beside.
+    """
+
+    batch: PromptBatch
+    round_index: int
+    pairs: PairBatch | None = None
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.batch)
+
+
+@dataclass(frozen=True)
 class Trajectory(Record):
     """B sampled trajectories of T denoising steps.
 
@@ -150,6 +169,19 @@ class Trajectory(Record):
     predicted: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def positions(self) -> Tensor:
+        """The samples' places in the round [B]."""
+        assert self.batch is not None
+        return self.batch.positions
+
+    def step(self, index: int) -> Transition:
+        """Return the step of all samples, unweighted."""
+        samples = torch.arange(len(self), device=self.log_probs.device)
+        zeros = self.log_probs.new_zeros(len(self))
+        unweighted = self.replace(advantages=zeros, weights=zeros, extras={})
+        return unweighted.transitions(samples, torch.full_like(samples, index))
+
     def transitions(self, samples: Tensor, steps: Tensor) -> Transition:
         """Return the flat batch of (sample, step) pairs.
 
@@ -177,6 +209,7 @@ class Trajectory(Record):
             guidance_scale=self.guidance_scale,
             num_inference_steps=self.num_inference_steps,
             extras={key: value[samples, steps] for key, value in self.extras.items()},
+            batch=None if self.batch is None else self.batch.select(samples),
         )
 
 
@@ -195,6 +228,7 @@ class Transition(Record):
         guidance_scale: Weight of classifier-free guidance.
         num_inference_steps: The schedule's timetable.
         extras: What a method adds, each [N, ...].
+        batch: The prompts of the pairs' samples.
         pairs: Image-text pairs to learn from beside.
     """
 
@@ -208,4 +242,12 @@ class Transition(Record):
     guidance_scale: float
     num_inference_steps: int
     extras: dict[str, Tensor] = field(default_factory=dict)
+    batch: PromptBatch | None = None
     pairs: PairBatch | None = None
+
+
+def restored(state: dict[str, Any]) -> Trajectory | PromptBatch:
+    """Return the record whose `state_dict` it is."""
+    if "latents" not in state:
+        return PromptBatch(**state)
+    return Trajectory(**{**state, "batch": PromptBatch(**state["batch"])})

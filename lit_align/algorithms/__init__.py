@@ -1,25 +1,41 @@
 """Alignment methods and pretraining, one file per paper."""
 
+from lit_align.algorithms.adjoint_matching import AdjointMatching
+from lit_align.algorithms.alignprop import AlignProp
 from lit_align.algorithms.base import AlignmentModule
 from lit_align.algorithms.ddpo import DDPO
+from lit_align.algorithms.draft import DRaFT
+from lit_align.algorithms.drtune import DRTune
 from lit_align.algorithms.large_scale_rl import LargeScaleRL
+from lit_align.algorithms.nabla_gflownet import NablaGFlowNet
 from lit_align.algorithms.online import OnlineModule
 from lit_align.algorithms.pretraining import (
     ContrastivePretraining,
     DenoisingPretraining,
     VAEPretraining,
 )
+from lit_align.algorithms.refl import ReFL
+from lit_align.algorithms.reward_gradient import RewardGradientModule
+from lit_align.algorithms.rounds import RoundModule
 from lit_align.algorithms.tasks import Task
 from lit_align.algorithms.tdpo import TDPO
 
 __all__ = [
     "DDPO",
     "TDPO",
+    "AdjointMatching",
+    "AlignProp",
     "AlignmentModule",
     "ContrastivePretraining",
+    "DRTune",
+    "DRaFT",
     "DenoisingPretraining",
     "LargeScaleRL",
+    "NablaGFlowNet",
     "OnlineModule",
+    "ReFL",
+    "RewardGradientModule",
+    "RoundModule",
     "Task",
     "VAEPretraining",
 ]

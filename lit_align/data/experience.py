@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from lit_align.data.planner import RoundPlan
 from lit_align.data.prompts import PromptLoader
-from lit_align.trajectory import PairBatch, PromptBatch, Trajectory, Transition
+from lit_align.trajectory import PromptBatch, Trajectory, restored
 
 
 class Collector(Protocol):
@@ -34,12 +34,10 @@ class Collector(Protocol):
     def minibatches_in_flight(self) -> int:
         """How many minibatches were handed out but not learned from yet: 0 or 1."""
 
-    def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
-        """Sample, score and compute targets."""
+    def collect(self, batch: PromptBatch, round_index: int) -> Any:
+        """Return a `Trajectory` with targets, or the prompts of samples that are drawn later."""
 
-    def minibatches(
-        self, trajectory: Trajectory, round_index: int
-    ) -> Iterator[Transition | PairBatch]:
+    def minibatches(self, collected: Any, round_index: int) -> Iterator[Any]:
         """Cut a round into `minibatches_per_round` minibatches."""
 
 
@@ -68,7 +66,7 @@ class ExperienceLoader:
         self.collector, self.prompts, self.beside = collector, prompts, beside
         self._round = -1
         self._served = 0
-        self._trajectory: Trajectory | None = None
+        self._collected: Trajectory | PromptBatch | None = None
 
     def __len__(self) -> int:
         """Return the number of minibatches per round and process."""
@@ -79,16 +77,16 @@ class ExperienceLoader:
         """How many rounds were handed out to their last minibatch."""
         return max(self._round + (self._served == len(self)), 0)
 
-    def __iter__(self) -> Iterator[Transition | PairBatch]:
+    def __iter__(self) -> Iterator[Any]:
         """Collect a round, unless one was restored, and yield its minibatches.
 
         Raises:
             RuntimeError: If the collector cuts another number than it promised.
         """
-        if self._trajectory is None or self._served == len(self):
-            self._trajectory = self._collect(self._round + 1)
+        if self._collected is None or self._served == len(self):
+            self._collected = self._collect(self._round + 1)
             self._round, self._served = self._round + 1, 0
-        minibatches = self.collector.minibatches(self._trajectory, self._round)
+        minibatches = self.collector.minibatches(self._collected, self._round)
         pending = next(itertools.islice(minibatches, self._served, None), None)
         while pending is not None:
             # Code after the last yield never runs, so the count is checked one ahead.
@@ -99,7 +97,7 @@ class ExperienceLoader:
             yield pending
             pending = following
 
-    def _collect(self, round_index: int) -> Trajectory:
+    def _collect(self, round_index: int) -> Any:
         drawn = self.prompts.state_dict()
         try:
             batch = self.collector.plan.deal(self.prompts, round_index)
@@ -115,7 +113,7 @@ class ExperienceLoader:
         Called on every process. A minibatch in flight when training broke off is yielded again.
         """
         served = self._served - self.collector.minibatches_in_flight
-        unfinished = self._trajectory if served < len(self) else None
+        unfinished = self._collected if served < len(self) else None
         return {
             "round": self._round,
             "served": served,
@@ -137,12 +135,10 @@ class ExperienceLoader:
             )
         self._round, self._served = state["round"], state["served"]
         self.prompts.load_state_dict(state["prompts"])
-        restored = state["trajectory"]
-        if restored is not None:
-            batch = PromptBatch(**restored["batch"])
-            whole = Trajectory(**{**restored, "batch": batch})
-            restored = whole.select(self.collector.plan.positions)
-        self._trajectory = restored
+        unfinished = state["trajectory"]
+        if unfinished is not None:
+            unfinished = restored(unfinished).select(self.collector.plan.positions)
+        self._collected = unfinished
 
 
 class ChainedLoader:
@@ -159,7 +155,7 @@ class ChainedLoader:
         """Return the number of minibatches of all parts."""
         return sum(map(len, self.parts))
 
-    def __iter__(self) -> Iterator[Transition | PairBatch]:
+    def __iter__(self) -> Iterator[Any]:
         """Yield from each part, from where a restored one stopped."""
         done = [part.rounds_done for part in self.parts]
         turn = next((turn for turn, rounds in enumerate(done) if rounds < done[0]), 0)
@@ -176,13 +172,12 @@ class ChainedLoader:
             part.load_state_dict(own)
 
 
-def _everywhere(trajectory: Trajectory) -> Trajectory:
+def _everywhere(collected: Trajectory | PromptBatch) -> Trajectory | PromptBatch:
     """Return the samples of all processes, on the CPU and in the order of their positions."""
-    own = trajectory.to("cpu")
+    own: Any = collected.to("cpu")
     parts = [own]
     if dist.is_available() and dist.is_initialized():
         parts = [own] * dist.get_world_size()
         dist.all_gather_object(parts, own)
-    together = Trajectory.concatenate(parts)
-    assert together.batch is not None
-    return together.select(together.batch.positions.argsort())
+    together: Trajectory | PromptBatch = type(own).concatenate(parts)
+    return together.select(together.positions.argsort())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ _MAX_LANES = 64
 
 MinibatchOrder = Literal["sample_major", "timestep_major"]
 StepChoice = Literal["per_sample", "shared", "denoising"]
+Pool = tuple[tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class RoundPlan:
         trained_steps: How many of them each sample is trained on.
         minibatch_order: "sample_major" takes all steps of a sample together, "timestep_major" one
             step of every sample before the next.
+        pools: Steps to choose from and how many of them; by default all `steps` are one pool.
         step_choice: Which steps, and in which order: "per_sample" draws both at random for each
             sample and pass, "shared" for each pass, the same for all samples; "denoising" draws
             the steps as "per_sample" does and takes them from noise to clean.
@@ -59,6 +62,7 @@ class RoundPlan:
     minibatch_order: MinibatchOrder
     seed: int
     step_choice: StepChoice = "per_sample"
+    pools: tuple[Pool, ...] = ()
     rank: int = 0
     world_size: int = 1
 
@@ -168,10 +172,27 @@ class RoundPlan:
         position = slot * self.samples_per_prompt + sample % self.samples_per_prompt
         owner = -1 if self.step_choice == "shared" else position
         generator = keyed_generator("steps", self.seed, round_index, epoch, owner)
-        chosen = torch.randperm(len(self.steps), generator=generator)[: self.trained_steps]
-        if self.step_choice == "denoising":
-            chosen = chosen.sort().values
-        return torch.tensor(self.steps)[chosen]
+        pools = self.pools or ((self.steps, self.trained_steps),)
+        chosen = torch.cat(
+            [
+                torch.tensor(steps)[torch.randperm(len(steps), generator=generator)[:count]]
+                for steps, count in pools
+            ]
+        )
+        return chosen.sort().values if self.step_choice == "denoising" else chosen
+
+
+def strata(steps: tuple[int, ...], fraction: float) -> tuple[Pool, ...]:
+    """Return pools of one step each to draw: ``int(len(steps) * fraction)`` strata, and the last.
+
+    Args:
+        steps: Indices, increasing; the strata divide all but the last.
+        fraction: In (0, 1].
+    """
+    others = steps[:-1]
+    count = min(int(len(steps) * fraction), len(others))
+    bounds = [len(others) * k // max(count, 1) for k in range(count + 1)]
+    return (*((others[a:b], 1) for a, b in pairwise(bounds)), (steps[-1:], 1))
 
 
 def _nearest(values: list[int], target: int, count: int = 5) -> str:

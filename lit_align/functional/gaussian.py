@@ -20,6 +20,11 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
+def mean_square(values: Tensor) -> Tensor:
+    """Return the mean of the squares [B] of values [B, ...]."""
+    return values.square().flatten(1).mean(1)
+
+
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return the log-density of N(mean, std^2 I), averaged over the non-batch dimensions.
 
@@ -54,8 +59,8 @@ def gaussian_kl(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
     Returns:
         [B], float32 or better, in nats per dimension.
     """
-    squared = (at_least_float32(mean) - at_least_float32(other_mean)).square()
-    return squared.flatten(1).mean(1) / (2 * std.square())
+    gap = at_least_float32(mean) - at_least_float32(other_mean)
+    return mean_square(gap) / (2 * std.square())
 
 
 def sample_gaussian(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

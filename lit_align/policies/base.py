@@ -7,6 +7,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lit_align.functional.gaussian import gaussian_kl
 from lit_align.functional.noise import randn
 from lit_align.policies import adapters, loading
+from lit_align.policies.sampling import CFGGrad, denoise, with_checkpoint
 from lit_align.schedulers.base import StepOutput, StochasticScheduler
 from lit_align.trajectory import Trajectory, Transition
 
@@ -169,17 +171,7 @@ class DiffusionPolicy(nn.Module, ABC):
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Return which prompts are longer than what any of the text encoders reads."""
-        tokenizers = [
-            part
-            for name, part in self.pipeline.components.items()
-            if name.startswith("tokenizer") and part is not None
-        ]
-        lengths = [[len(ids) for ids in t(list(prompts)).input_ids] for t in tokenizers]
-        limits = [min(t.model_max_length, MAX_TEXT_TOKENS) for t in tokenizers]
-        return [
-            all(length > limit for length, limit in zip(of_prompt, limits, strict=True))
-            for of_prompt in zip(*lengths, strict=True)
-        ]
+        return loading.truncated(self.pipeline, prompts, MAX_TEXT_TOKENS)
 
     def predict(
         self,
@@ -188,7 +180,7 @@ class DiffusionPolicy(nn.Module, ABC):
         conditioning: Conditioning,
         guidance_scale: float,
         *,
-        cfg_grad: Literal["both", "cond_only"] = "both",
+        cfg_grad: CFGGrad = "both",
     ) -> Tensor:
         """Return the guided output ``u + w (c - u)`` [B, C, H, W] float32, by one forward.
 
@@ -209,7 +201,6 @@ class DiffusionPolicy(nn.Module, ABC):
             unconditional = unconditional.detach()
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    @torch.no_grad()
     def sample(
         self,
         conditioning: Conditioning,
@@ -219,6 +210,10 @@ class DiffusionPolicy(nn.Module, ABC):
         generator: Sequence[torch.Generator],
         initial_generator: Sequence[torch.Generator] | None = None,
         stochastic_steps: Collection[int] | None = None,
+        num_steps: int | None = None,
+        grad_steps: Collection[int] = (),
+        detach_input: bool = False,
+        cfg_grad: CFGGrad = "both",
         keep_predicted: bool = False,
         height: int | None = None,
         width: int | None = None,
@@ -233,37 +228,36 @@ class DiffusionPolicy(nn.Module, ABC):
             generator: B of them; each draws its sample's initial noise, then that of its steps.
             initial_generator: B of them to draw the initial noise instead.
             stochastic_steps: Indices of the steps that add noise; by default all with a density.
+            num_steps: Stop after so many of the T steps.
+            grad_steps: Indices of the steps whose network call has a gradient, by checkpointing.
+            detach_input: Let no gradient flow into what the network sees (arXiv:2405.00760).
+            cfg_grad: Whether gradient also flows through the unconditional branch.
             keep_predicted: Keep the clean latents that each step's network output implies.
             height: Of the image in pixels; by default the model's.
             width: Of the image in pixels; by default the model's.
             progress: Called after each step.
         """
         self.scheduler.set_timesteps(num_inference_steps, self.device)
+        timesteps = self.scheduler.timesteps[:num_steps]
         noisy = self.scheduler.density_steps if stochastic_steps is None else stochastic_steps
         size, first = (height, width), initial_generator or generator
-        path, steps = [randn(self.latent_shape(*size), first, self.device)], []
-        for index, timestep in enumerate(self.scheduler.timesteps):
-            timesteps = timestep.expand(len(generator))
-            output = self.predict(path[-1], timesteps, conditioning, guidance_scale)
-            noise = generator if index in noisy else None
-            step = self.scheduler.step(output, timesteps, path[-1], generator=noise)
-            path.append(step.next_latents)
-            steps.append((step.log_prob, step.pred_original if keep_predicted else None))
-            progress()
-        log_probs, predicted = zip(*steps, strict=True)
+        initial = randn(self.latent_shape(*size), first, self.device)
+        steps = denoise(
+            self, initial, timesteps, conditioning, guidance_scale, generator, noisy, grad_steps,
+            detach_input, cfg_grad, progress,
+        )  # fmt: skip
+        predicted = torch.stack([s.pred_original for s in steps], dim=1) if keep_predicted else None
         return Trajectory(
-            latents=torch.stack(path, dim=1),
-            timesteps=self.scheduler.timesteps.expand(len(generator), -1),
-            log_probs=torch.stack(log_probs, dim=1),
+            latents=torch.stack([initial, *(step.next_latents for step in steps)], dim=1),
+            timesteps=timesteps.expand(len(generator), -1),
+            log_probs=torch.stack([step.log_prob for step in steps], dim=1),
             conditioning=conditioning,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            predicted=torch.stack(predicted, dim=1) if keep_predicted else None,
+            predicted=predicted,
         )
 
-    def replay(
-        self, transition: Transition, *, cfg_grad: Literal["both", "cond_only"] = "both"
-    ) -> StepOutput:
+    def replay(self, transition: Transition, *, cfg_grad: CFGGrad = "both") -> StepOutput:
         """Evaluate recorded steps under the current weights, by the code path of `sample`."""
         self.scheduler.set_timesteps(transition.num_inference_steps, self.device)
         output = self.predict(
@@ -285,12 +279,24 @@ class DiffusionPolicy(nn.Module, ABC):
         columns = width // factor if width else side
         return self.denoiser.config["in_channels"], rows, columns
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return images [B, 3, H, W] in [0, 1], float32."""
-        config = self.vae.config
-        shift = config.get("shift_factor") or 0.0
-        scaled = (latents / config["scaling_factor"] + shift).to(self.vae.dtype)
-        return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
+    def decode(self, latents: Tensor, batch_size: int | None = None, clamp: bool = True) -> Tensor:
+        """Return images [B, 3, H, W] in [0, 1], float32.
+
+        Args:
+            latents: [B, C, H, W].
+            batch_size: Decode so many at a time, and where there is a gradient keep none of the
+                decoder's states: backward decodes again.
+            clamp: Turn it off for pixels as the decoder gives them, some a little beyond [0, 1].
+        """
+        parts = latents.split(batch_size or len(latents))
+        call = self._decode if batch_size is None else partial(with_checkpoint, self._decode)
+        images = torch.cat([call(part) for part in parts])
+        return images.clamp(0, 1) if clamp else images
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        shift = self.vae.config.get("shift_factor") or 0.0
+        scaled = (latents / self.vae.config["scaling_factor"] + shift).to(self.vae.dtype)
+        return self.vae.decode(scaled).sample.float() / 2 + 0.5
 
     def encode(self, images: Tensor) -> Tensor:
         """Return latents [B, C, H, W] float32 of images [B, 3, H, W] in [0, 1]."""
@@ -342,7 +348,9 @@ class DiffusionPolicy(nn.Module, ABC):
         a bound from above on that of the images. NaN where the step has no density.
         """
         divergence = torch.full_like(trajectory.log_probs, torch.nan)
-        for index, transition in self._recorded_steps(trajectory):
+        self.scheduler.set_timesteps(trajectory.num_inference_steps, self.device)
+        for index in self.scheduler.density_steps:
+            transition = trajectory.step(index)
             step = self.replay(transition)
             with self.reference():
                 reference = self.replay(transition)
@@ -354,19 +362,10 @@ class DiffusionPolicy(nn.Module, ABC):
     def replay_log_probs(self, trajectory: Trajectory) -> Tensor:
         """Return the `log_probs` [B, T] that the current weights give to recorded steps."""
         log_probs = torch.full_like(trajectory.log_probs, torch.nan)
-        for index, transition in self._recorded_steps(trajectory):
-            log_probs[:, index] = self.replay(transition).log_prob
-        return log_probs
-
-    def _recorded_steps(self, trajectory: Trajectory) -> Iterator[tuple[int, Transition]]:
-        """Yield the steps that have a density, each with the transitions of all samples."""
         self.scheduler.set_timesteps(trajectory.num_inference_steps, self.device)
-        count = len(trajectory)
-        everyone = torch.arange(count, device=trajectory.log_probs.device)
-        unweighted = trajectory.log_probs.new_zeros(count)
-        recorded = trajectory.replace(advantages=unweighted, weights=unweighted, extras={})
         for index in self.scheduler.density_steps:
-            yield index, recorded.transitions(everyone, torch.full_like(everyone, index))
+            log_probs[:, index] = self.replay(trajectory.step(index)).log_prob
+        return log_probs
 
     @contextmanager
     def use_adapter(self, name: str) -> Iterator[None]:

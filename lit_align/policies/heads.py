@@ -1,12 +1,14 @@
-"""Networks beside the denoiser: a frozen image tower and the critic on top of it."""
+"""Networks beside the denoiser: a critic on a frozen image tower, a correction of the flow."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 
@@ -117,3 +119,53 @@ class TemporalCritic(nn.Module):
         return [
             (part >= share) / (1 - share) for part, share in zip(parts, self.dropout, strict=True)
         ]
+
+
+class FlowCorrection(nn.Module):
+    """What the reward's gradient at predicted clean images lacks of the flow's (arXiv:2412.07775).
+
+    A small U-Net g(x_t, t, prompt) of the latents' shape, zero at the start. It stays float32.
+
+    Args:
+        channels: Of the latents.
+        text_width: Width of the prompt embeddings.
+        sample_size: Side of the latents.
+        widths: Channels of its resolutions, multiples of 8.
+    """
+
+    def __init__(
+        self,
+        channels: int = 4,
+        text_width: int = 768,
+        sample_size: int = 64,
+        widths: Sequence[int] = (64, 128, 256, 256),
+    ) -> None:
+        super().__init__()
+        depth = len(widths) - 1
+        network: Any = UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(widths),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",) * depth + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * depth,
+            cross_attention_dim=text_width,
+            norm_num_groups=math.gcd(32, *widths),
+        )
+        nn.init.zeros_(network.conv_out.weight)
+        nn.init.zeros_(network.conv_out.bias)
+        self.network = network
+
+    def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Return the correction [N, C, H, W], in the units of a score.
+
+        Args:
+            latents: [N, C, H, W].
+            timesteps: [N], as the denoiser takes them.
+            prompt_embeds: [N, tokens, width].
+        """
+        with torch.autocast(latents.device.type, enabled=False):
+            arguments = (latents.float(), timesteps, prompt_embeds.float())
+            correction: Tensor = self.network(*arguments, return_dict=False)[0]
+        return correction

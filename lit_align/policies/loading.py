@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,24 @@ def save_pipeline(pipeline: Any, path: Path, dtype: torch.dtype | None) -> None:
         config = json.loads(config_path.read_text())
         config["dtype"] = "float32"
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def truncated(pipeline: Any, prompts: Sequence[str], longest: int) -> list[bool]:
+    """Return which prompts are longer than what any of the text encoders reads.
+
+    Args:
+        pipeline: Has the tokenizers.
+        prompts: Texts.
+        longest: Tokens that an encoder without a limit of its own reads.
+    """
+    tokenizers = [
+        part
+        for name, part in pipeline.components.items()
+        if name.startswith("tokenizer") and part is not None
+    ]
+    lengths = [[len(ids) for ids in t(list(prompts)).input_ids] for t in tokenizers]
+    limits = [min(t.model_max_length, longest) for t in tokenizers]
+    return [
+        all(length > limit for length, limit in zip(of_prompt, limits, strict=True))
+        for of_prompt in zip(*lengths, strict=True)
+    ]

@@ -71,6 +71,19 @@ def check_background(reward: RewardModule) -> None:
         )
 
 
+def check_differentiable(reward: RewardModule, method: str) -> None:
+    """Check that a reward has a gradient.
+
+    Raises:
+        ValueError: If it has none, naming the method that follows it.
+    """
+    if not reward.differentiable:
+        raise ValueError(
+            f"{method} follows the reward's gradient, and {reward.name} has none; use a reward "
+            "with `differentiable = True`, or a policy gradient such as DDPO."
+        )
+
+
 def in_thread(function: Callable[[], T]) -> Future[T]:
     """Start `function` in a thread that does not keep the program alive, with the same grad mode.
 

@@ -77,6 +77,23 @@ class StochasticScheduler(ABC):
                 "than 'ode' and a positive `noise_level` (flow matching)."
             )
 
+    def check_memoryless(self, method: str) -> None:
+        """Check that samples do not depend on the initial noise they started from.
+
+        Raises:
+            ValueError: If they do, naming the method that needs it.
+        """
+        if not self.memoryless:
+            raise ValueError(
+                f"{method} needs a memoryless sampler, or it aims at another distribution: set "
+                "`eta: 1` (StochasticDDIM), or `kind: memoryless` (StochasticFlowMatch)."
+            )
+
+    @property
+    @abstractmethod
+    def memoryless(self) -> bool:
+        """Whether its noise makes clean latents independent of the initial noise."""
+
     def step(
         self,
         model_output: Tensor,
@@ -100,7 +117,7 @@ class StochasticScheduler(ABC):
             ValueError: If a timestep is not one of the schedule.
         """
         deterministic = next_latents is None and generator is None
-        index = self._index(timesteps)
+        index = self.index(timesteps)
         mean, std, pred_original = self._transition(
             at_least_float32(model_output), index, at_least_float32(latents), deterministic
         )
@@ -115,7 +132,22 @@ class StochasticScheduler(ABC):
         next_latents = at_least_float32(next_latents)
         return StepOutput(next_latents, mean, std, log_prob, pred_original)
 
-    def _index(self, timesteps: Tensor) -> Tensor:
+    def output_change(self, timesteps: Tensor, change: Tensor) -> Tensor:
+        """Return the change of the network's output [B, ...] that changes `pred_original` so.
+
+        Args:
+            timesteps: [B], members of `self.timesteps`.
+            change: Of the implied clean latents [B, ...], which are linear in the output.
+        """
+        unit, nothing = torch.ones_like(change), torch.zeros_like(change)
+        return change / self.step(unit, timesteps, nothing).pred_original
+
+    @property
+    @abstractmethod
+    def signal_levels(self) -> Tensor:
+        """Share of the clean latents in each state [T + 1], from noise to clean, in [0, 1]."""
+
+    def index(self, timesteps: Tensor) -> Tensor:
         """Return the position [B] of each timestep in the schedule."""
         found = timesteps[:, None] == self.timesteps
         if not bool(found.any(dim=1).all()):

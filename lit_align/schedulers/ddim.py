@@ -74,6 +74,16 @@ class StochasticDDIM(StochasticScheduler):
             return noised, self.scheduler.get_velocity(latents, noise, timesteps)
         return noised, latents
 
+    @property
+    def memoryless(self) -> bool:
+        """See the base class."""
+        return self.eta == 1
+
+    @property
+    def signal_levels(self) -> Tensor:
+        """``sqrt(abar)`` of each state; see the base class."""
+        return torch.cat([self._abar, self._abar_next[-1:]]).sqrt()
+
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
         train_steps: int = self.scheduler.config["num_train_timesteps"]
         if not 1 <= num_inference_steps <= train_steps:

@@ -9,6 +9,11 @@ arXiv:2505.05470)
     flow   s = a sqrt(t / (1 - t)); at t = 1 the next time stands for t in 1 - t
     dance  s = a                                                         arXiv:2505.07818
     cps    mean = x0 (1 - t') + eps t' cos(a pi / 2),  std = t' sin(a pi / 2)   arXiv:2509.05952
+    memoryless  s = sqrt(2 t / (1 - t)), after which the clean latents do not depend on the initial
+           noise (arXiv:2409.08861); by the ancestral step of DDIM with eta = 1, exact where Euler's
+           first steps would double the variance:
+           std^2 = (t' / t)^2 (t^2 - ((1 - t) / (1 - t'))^2 t'^2)
+           mean = x0 (1 - t') + eps sqrt(t'^2 - std^2)
     ode    s = 0, no density
 
 where a is `noise_level`. The last step (t' = 0) is deterministic and has no density: there the
@@ -19,13 +24,15 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_align.functional.gaussian import gaussian_log_prob, per_sample
 from lit_align.schedulers.base import StochasticScheduler
+
+FlowKind = Literal["flow", "dance", "cps", "memoryless", "ode"]
 
 
 class StochasticFlowMatch(StochasticScheduler):
@@ -34,9 +41,10 @@ class StochasticFlowMatch(StochasticScheduler):
     Args:
         scheduler: diffusers' `FlowMatchEulerDiscreteScheduler`; its configuration decides the
             times (shift and their number).
-        kind: "flow" (Flow-GRPO), "dance" (DanceGRPO), "cps" (coefficients-preserving), "ode".
+        kind: "flow" (Flow-GRPO), "dance" (DanceGRPO), "cps" (coefficients-preserving),
+            "memoryless" (Adjoint Matching), "ode".
         noise_level: The a above: 0.7 for "flow", 0.3 for "dance", 0.8 for "cps" in the papers;
-            positive, and at most 1 for "cps". Unused by "ode".
+            positive, and at most 1 for "cps". Unused by "memoryless" and "ode".
         cps_log_prob: "unnormalised" is ``-mean((x' - mean)^2)`` as in the official code,
             "gaussian" the density itself.
 
@@ -47,13 +55,15 @@ class StochasticFlowMatch(StochasticScheduler):
     def __init__(
         self,
         scheduler: Any,
-        kind: Literal["flow", "dance", "cps", "ode"] = "flow",
+        kind: FlowKind = "flow",
         noise_level: float = 0.7,
         cps_log_prob: Literal["unnormalised", "gaussian"] = "unnormalised",
     ) -> None:
         super().__init__()
-        if kind not in ("flow", "dance", "cps", "ode"):
-            raise ValueError(f"`kind` must be 'flow', 'dance', 'cps' or 'ode', got {kind!r}.")
+        if kind not in get_args(FlowKind):
+            raise ValueError(
+                f"`kind` must be one of {', '.join(get_args(FlowKind))}, got {kind!r}."
+            )
         if noise_level < 0 or (kind == "cps" and noise_level > 1):
             raise ValueError(
                 f"`noise_level` must be at least 0, and at most 1 for 'cps', got {noise_level}."
@@ -79,6 +89,16 @@ class StochasticFlowMatch(StochasticScheduler):
         t = per_sample(timesteps / self.scheduler.config["num_train_timesteps"], latents)
         return torch.lerp(latents, noise, t), noise - latents
 
+    @property
+    def memoryless(self) -> bool:
+        """See the base class."""
+        return self.kind == "memoryless"
+
+    @property
+    def signal_levels(self) -> Tensor:
+        """``1 - t`` of each state; see the base class."""
+        return 1 - self._sigmas
+
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
         train_steps: int = self.scheduler.config["num_train_timesteps"]
         if not 1 <= num_inference_steps <= train_steps:
@@ -88,7 +108,7 @@ class StochasticFlowMatch(StochasticScheduler):
         self.scheduler.set_timesteps(num_inference_steps)
         self._sigmas: Tensor = self.scheduler.sigmas.float().to(device)
         self.timesteps = self.scheduler.timesteps.float().to(device)
-        noisy = self.kind != "ode" and self.noise_level > 0
+        noisy = self.kind == "memoryless" or (self.kind != "ode" and self.noise_level > 0)
         self.density_steps = range(num_inference_steps - 1) if noisy else ()
 
     def _transition(
@@ -104,6 +124,12 @@ class StochasticFlowMatch(StochasticScheduler):
             noise = latents + (1 - t) * model_output
             mean = original * (1 - t_next) + noise * t_next * math.cos(angle)
             return mean, following * math.sin(angle), original
+        if self.kind == "memoryless":
+            kept = (1 - now) / (1 - following) * following
+            std = following / now * (now.square() - kept.square()).sqrt()
+            noise = latents + (1 - t) * model_output
+            towards = per_sample((following.square() - std.square()).clamp(min=0).sqrt(), latents)
+            return original * (1 - t_next) + noise * towards, std, original
         level = self._level(now)
         drift = per_sample(level.square() / (2 * now), latents)
         dt = t_next - t

@@ -1,17 +1,30 @@
 """Short runs of an alignment method on tiny policies."""
 
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
-from lit_align.algorithms import DDPO, TDPO, LargeScaleRL, Task
+from lit_align.algorithms import (
+    DDPO,
+    TDPO,
+    AdjointMatching,
+    AlignProp,
+    DRaFT,
+    DRTune,
+    LargeScaleRL,
+    NablaGFlowNet,
+    ReFL,
+    Task,
+)
 from lit_align.data.image_text import PairStream, ShapesPairs
 from lit_align.data.prompts import PromptLoader
 from lit_align.policies.heads import TemporalCritic
 from lit_align.rewards import Colorfulness, JPEGCompressibility, ShapesVerifier
+from lit_align.schedulers import StochasticFlowMatch
 from tests.conftest import tiny_policy
 
 PROMPTS = [
@@ -31,17 +44,17 @@ SIZES = {
     "guidance_scale": 1.0,
     "prompts_per_round": 4,
     "samples_per_prompt": 2,
-    "rollout_batch_size": 8,
     "minibatch_size": 8,
-    "clip_range": 1e-3,
-    "advantage_norm": "batch",
     "lr": 1e-2,
 }
+GRADIENT = {**SIZES, "minibatch_size": 4}
+ONLINE = {**SIZES, "rollout_batch_size": 8}
+POLICY_GRADIENT = {**ONLINE, "clip_range": 1e-3, "advantage_norm": "batch"}
 
 
 def make_ddpo(family="sd", train="lora", reward=None, policy_options=None, **options):
     policy = tiny_policy(family, train=train, **(policy_options or {}))
-    return _make(DDPO, policy, reward or Colorfulness(), **options)
+    return _make(DDPO, policy, reward or Colorfulness(), POLICY_GRADIENT, **options)
 
 
 class TinyTower(nn.Module):
@@ -63,7 +76,7 @@ def tiny_critic():
 def make_tdpo(family="sd", train="lora", reward=None, policy_options=None, **options):
     policy = tiny_policy(family, train=train, **(policy_options or {}))
     options = {"critic": tiny_critic(), "lr_critic": 1e-2, "minibatch_size": 4, **options}
-    return _make(TDPO, policy, reward or Colorfulness(), **options)
+    return _make(TDPO, policy, reward or Colorfulness(), POLICY_GRADIENT, **options)
 
 
 def make_large_scale_rl(family="sd", train="lora", reward=None, policy_options=None, **options):
@@ -74,16 +87,44 @@ def make_large_scale_rl(family="sd", train="lora", reward=None, policy_options=N
         "size": Task(JPEGCompressibility(), prompts_per_round=2, samples_per_prompt=4),
     }
     sizes = {"timestep_fraction": 0.7, "minibatch_size": 4, "pretraining_batch_size": 4}
-    return _make(LargeScaleRL, policy, None, **{"tasks": tasks, **sizes, **options})
+    options = {"tasks": tasks, **sizes, **options}
+    return _make(LargeScaleRL, policy, None, POLICY_GRADIENT, **options)
 
 
-def _make(method, policy, reward, **options):
+def _make(method, policy, reward, defaults, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # modules passed as arguments, which is meant
-        return method(policy, reward, {"gold": ShapesVerifier()}, **{**SIZES, **options})
+        return method(policy, reward, {"gold": ShapesVerifier()}, **{**defaults, **options})
 
 
-METHODS = {"DDPO": make_ddpo, "TDPO": make_tdpo, "LargeScaleRL": make_large_scale_rl}
+def maker(method, defaults, memoryless=False):
+    """Return a function that makes a method with these options."""
+
+    def make(family="sd", train="lora", reward=None, policy_options=None, **options):
+        chosen = {**(policy_options or {})}
+        if memoryless and family == "sd3":
+            chosen.setdefault("scheduler", partial(StochasticFlowMatch, kind="memoryless"))
+        policy = tiny_policy(family, train=train, **chosen)
+        return _make(method, policy, reward or Colorfulness(), defaults, **options)
+
+    return make
+
+
+METHODS = {
+    "DDPO": make_ddpo,
+    "TDPO": make_tdpo,
+    "LargeScaleRL": make_large_scale_rl,
+    "ReFL": maker(ReFL, {**GRADIENT, "min_step": 1, "max_step": 1, "loss_scale": 1.0}),
+    "DRaFT": maker(DRaFT, {**GRADIENT, "num_lv_samples": 1}),
+    "AlignProp": maker(AlignProp, {**GRADIENT, "truncation": "uniform", "loss_scale": 1.0}),
+    "DRTune": maker(DRTune, {**GRADIENT, "truncation_steps": 1, "beta": 0.1}),
+    "NablaGFlowNet": maker(
+        NablaGFlowNet,
+        {**ONLINE, "minibatch_size": 4, "timestep_fraction": 0.4, "loss_weighting": "variance"},
+        memoryless=True,
+    ),
+    "AdjointMatching": maker(AdjointMatching, {**ONLINE, "late_steps": 1}, memoryless=True),
+}
 
 
 def make_method(name, family="sd", train="lora", **options):

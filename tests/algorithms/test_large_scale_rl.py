@@ -9,7 +9,7 @@ from lit_align.functional.advantages import batch_advantages
 from lit_align.functional.noise import keyed_generator
 from lit_align.rewards import Colorfulness, JPEGCompressibility, RewardModule
 from lit_align.trajectory import PairBatch, PromptBatch, Trajectory, Transition
-from tests.algorithms.harness import SIZES, make_trainer, prompt_loader
+from tests.algorithms.harness import POLICY_GRADIENT, make_trainer, prompt_loader
 from tests.algorithms.test_ddpo import OneProcess
 from tests.conftest import tiny_policy
 
@@ -27,7 +27,7 @@ def trained(module, *experience, **options):
 
 
 def large(family="sd", reward=None, tasks=None, **options):
-    options = {**SIZES, "pretraining": "none", **options}
+    options = {**POLICY_GRADIENT, "pretraining": "none", **options}
     reward = None if tasks else reward or Colorfulness()
     return LargeScaleRL(tiny_policy(family), reward, tasks=tasks, **options)
 
@@ -39,7 +39,9 @@ def test_one_task_without_pretraining_is_ddpo(family):
         "adv_clip_max": 10.0, "minibatch_order": "timestep_major", "step_choice": "shared",
         "timestep_fraction": 0.7, "weight_decay": 1e-2,
     }  # fmt: skip
-    ddpo = trained(DDPO(tiny_policy(family), Colorfulness(), **{**SIZES, **same}), prompt_loader())
+    ddpo = trained(
+        DDPO(tiny_policy(family), Colorfulness(), **{**POLICY_GRADIENT, **same}), prompt_loader()
+    )
     ours = trained(large(family, timestep_fraction=0.7), prompt_loader())
     start = trained(large(family, timestep_fraction=0.7), prompt_loader(), max_epochs=0)
     for name, weight in ours.items():

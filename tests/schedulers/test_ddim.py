@@ -208,3 +208,60 @@ def test_configurations_of_other_schedulers_are_read(other):
         scheduler.set_timesteps(50)
         assert scheduler.timesteps[0] == 981
         assert scheduler.scheduler.config["clip_sample"] is False
+
+
+def test_score_gaps_follow_from_the_outputs():
+    # With alpha = abar / abar', kappa = (1 - alpha) / sqrt((1 - abar) alpha) is minus what the mean
+    # gains per unit of noise prediction, s^2 = (1 - abar') (1 - alpha) / (1 - abar), and so
+    # (mean - mean_2) / s^2, the difference of the scores, is kappa / s^2 (e_2 - e).
+    scheduler = double(50)
+    abar = scheduler.scheduler.alphas_cumprod[[*range(981, 0, -20), 0]]
+    assert abar[[0, -2, -1]].tolist() == pytest.approx([0.00578, 0.99830, 0.99915], abs=6e-6)
+    alpha = abar[:-1] / abar[1:]
+    kappa = (1 - alpha) / ((1 - abar[:-1]) * alpha).sqrt()
+    variance = (1 - abar[1:]) * (1 - alpha) / (1 - abar[:-1])
+    ratio = kappa / variance
+    assert ratio[[0, -1]].tolist() == pytest.approx([1.13, 48.6], rel=5e-3)
+    torch.testing.assert_close(1 / ratio, (1 - abar[1:]) * (alpha / (1 - abar[:-1])).sqrt())
+    x, e, other = torch.randn(3, 50, 4).double()
+    times = scheduler.timesteps
+    one, two = (
+        scheduler.step(output, times, x, generator=sample_generators("z", 0, 0, range(50)))
+        for output in (e, other)
+    )
+    torch.testing.assert_close(one.std**2, variance, rtol=1e-10, atol=0)
+    moved = kappa[:, None] * (other - e)
+    torch.testing.assert_close(one.next_latents - two.next_latents, moved, rtol=0, atol=1e-12)
+    scores = [(one.next_latents - step.mean) / variance[:, None] for step in (one, two)]
+    gap = (one.mean - two.mean) / variance[:, None]
+    torch.testing.assert_close(gap, ratio[:, None] * (other - e), rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(gap, scores[1] - scores[0], rtol=1e-10, atol=1e-9)
+
+
+def double(steps, **changes):
+    """Return the schedule with tables in float64."""
+    scheduler = StochasticDDIM(DDIMScheduler(**{**SD_SCHEDULE, **changes}))
+    scheduler.scheduler.alphas_cumprod = scheduler.scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_change_of_the_clean_latents_tells_that_of_the_output(prediction):
+    scheduler = double(50, prediction_type=prediction)
+    x, output, other = torch.randn(3, 50, 3, 2, 2).double()
+    one, two = (scheduler.step(o, scheduler.timesteps, x, x) for o in (output, other))
+    change = scheduler.output_change(scheduler.timesteps, two.pred_original - one.pred_original)
+    torch.testing.assert_close(change, other - output, rtol=0, atol=1e-10)
+
+
+def test_signal_levels_reach_from_the_first_state_to_the_last():
+    scheduler = make()
+    states = scheduler.scheduler.alphas_cumprod[[*range(981, 0, -20), 0]]
+    torch.testing.assert_close(scheduler.signal_levels, states.sqrt())
+
+
+def test_only_full_noise_is_memoryless():
+    make(eta=1.0).check_memoryless("Method")
+    with pytest.raises(ValueError, match="Method needs a memoryless sampler.*eta: 1"):
+        make(eta=0.5).check_memoryless("Method")

@@ -215,3 +215,75 @@ def test_bad_options_are_refused():
         make("cps", 1.5)
     with pytest.raises(ValueError, match=r"must lie in \[1, 1000\], got 2000"):
         make(steps=2000)
+
+
+@pytest.mark.parametrize("index", [0, 3, 8])
+def test_a_memoryless_step_is_the_posterior_given_the_predicted_clean_latents(index):
+    # x = r x' + noise with r = (1 - t) / (1 - t') links neighbouring levels. By Bayes' rule, given
+    # x and x0, the variance of x' is t'^2 (t^2 - r^2 t'^2) / t^2 and its mean has the weight
+    # r t'^2 / t^2 on x. With its own mean for x0, the step lacks the variance that x0 still has,
+    # S2 t^2 / V, times the square of its weight: none of it if the data were one point.
+    t, following, mean, variance = one_step(make("memoryless"), index)
+    r = (1 - t) / (1 - following)
+    weight = (1 - following) - r * following**2 / t**2 * (1 - t)
+    error = -(weight**2) * S2 * t**2 / moments(t)[1]
+    assert mean == pytest.approx(moments(following)[0], abs=ATOL)
+    assert variance == pytest.approx(moments(following)[1] + error, rel=RTOL)
+    scheduler, zero = make("memoryless"), torch.zeros(1, 1)
+    step = scheduler.step(zero, scheduler.timesteps[index, None], zero, zero)
+    posterior = following**2 * (t**2 - r**2 * following**2) / t**2
+    assert step.std.item() ** 2 == pytest.approx(posterior, rel=RTOL)
+
+
+def test_a_memoryless_sampler_forgets_the_initial_noise_at_once():
+    scheduler = make("memoryless")
+    t, following = scheduler.sigmas[:2]
+    assert t == 1
+    clean = torch.full((2, 1), 0.7)
+    x = torch.tensor([[-5.0], [5.0]])
+    step = scheduler.step((x - clean) / t, scheduler.timesteps[[0, 0]], x, x)
+    torch.testing.assert_close(step.mean, clean * (1 - following), rtol=0, atol=1e-6)
+    torch.testing.assert_close(step.std, following.expand(2), rtol=RTOL, atol=0)
+
+
+@pytest.mark.parametrize("index", [200, 500, 800])
+def test_short_memoryless_steps_follow_the_memoryless_sde(index):
+    # Time u = 1 - t from noise to data, v = x0 - eps: the drift 2 v - x / u and the variance
+    # 2 (1 - u) / u per unit of time (arXiv:2409.08861).
+    scheduler = make("memoryless", steps=1000, shift=1.0)
+    scheduler._sigmas = torch.linspace(1, 0, 1001).double()
+    x, v = torch.randn(2, 1, 5).double()
+    step = scheduler.step(-v, scheduler.timesteps[index, None], x, x)
+    u, h = index / 1000, 1 / 1000
+    drift = 2 * v - x / u
+    assert (step.std**2 / h).item() == pytest.approx(2 * (1 - u) / u, rel=5 * h / u / (1 - u))
+    error = (step.mean - x) / h - drift
+    assert error.abs().max() < 5 * h / u * drift.abs().max()
+    # It is the ODE's v plus half that variance times the score (u v - x) / (1 - u).
+    torch.testing.assert_close(drift, v + (1 - u) / u * (u * v - x) / (1 - u), rtol=1e-10, atol=0)
+
+
+def test_the_last_memoryless_step_is_deterministic():
+    scheduler = make("memoryless", noise_level=0.0)
+    assert list(scheduler.density_steps) == list(range(9))
+    x, v = torch.randn(2, 1, 4)
+    last = scheduler.step(v, scheduler.timesteps[-1:], x)
+    torch.testing.assert_close(last.next_latents, x - scheduler.sigmas[-2] * v)
+    assert last.std == 0
+
+
+@pytest.mark.parametrize("kind", ["flow", "dance", "cps", "ode"])
+def test_only_memoryless_steps_are_memoryless(kind):
+    make("memoryless").check_memoryless("Method")
+    with pytest.raises(ValueError, match="Method needs a memoryless sampler.*kind: memoryless"):
+        make(kind).check_memoryless("Method")
+
+
+def test_signal_levels_and_changes_of_the_output():
+    # x_t = (1 - t) x0 + t eps, and x0 = x - t v.
+    scheduler = make("memoryless")
+    torch.testing.assert_close(scheduler.signal_levels, 1 - scheduler.sigmas)
+    x, v, other = torch.randn(3, 10, 3, 2, 2)
+    one, two = (scheduler.step(output, scheduler.timesteps, x) for output in (v, other))
+    change = scheduler.output_change(scheduler.timesteps, two.pred_original - one.pred_original)
+    torch.testing.assert_close(change, other - v, rtol=0, atol=1e-4)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from lit_align.data.planner import RoundPlan, strata
+
+
+@pytest.mark.parametrize("count", [2, 7, 19, 50])
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.4, 0.99, 1.0])
+def test_strata_divide_all_but_the_last_step_evenly(count, fraction):
+    steps = tuple(range(3, 3 + count))
+    *others, last = strata(steps, fraction)
+    assert last == (steps[-1:], 1)
+    assert len(others) == min(int(count * fraction), count - 1)  # all beside the last, at most
+    assert all(drawn == 1 for _, drawn in others)
+    if others:
+        assert sum((pool for pool, _ in others), ()) == steps[:-1]
+        sizes = {len(pool) for pool, _ in others}
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_five_strata_of_fifty_steps():
+    bounds = [(0, 8), (9, 18), (19, 28), (29, 38), (39, 48), (49, 49)]
+    assert [(pool[0], pool[-1]) for pool, _ in strata(tuple(range(50)), 0.1)] == bounds
+
+
+def test_a_single_step_is_the_last():
+    assert strata((0,), 1.0) == (((0,), 1),)
+
+
+def make_plan(**options):
+    pools = (((0, 1, 2, 3), 2), ((5, 6), 1), ((9,), 1))
+    return RoundPlan(
+        **{
+            "prompts_per_round": 16, "samples_per_prompt": 1, "rollout_batch_size": 16,
+            "minibatch_size": 4, "num_inner_epochs": 2, "steps": tuple(range(10)),
+            "trained_steps": 4, "minibatch_order": "sample_major", "seed": 5, "pools": pools,
+            **options,
+        }
+    )  # fmt: skip
+
+
+def drawn(plan, round_index=0):
+    """Return the steps of every sample and pass."""
+    return [steps.tolist() for _, steps in plan.cut(round_index)]
+
+
+@pytest.mark.parametrize("choice", ["per_sample", "shared", "denoising"])
+def test_every_sample_draws_its_number_from_every_pool(choice):
+    rows = drawn(make_plan(step_choice=choice))
+    assert len(rows) == 32
+    for steps in rows:
+        assert len(set(steps)) == 4
+        assert len(set(steps) & {0, 1, 2, 3}) == 2
+        assert len(set(steps) & {5, 6}) == 1
+        assert 9 in steps
+    assert {step for steps in rows for step in steps} == {0, 1, 2, 3, 5, 6, 9} or choice == "shared"
+    assert (len(set(map(tuple, rows))) == 2) == (choice == "shared")  # one draw per pass
+    if choice == "denoising":
+        assert all(steps == sorted(steps) for steps in rows)
+
+
+def test_draws_from_a_pool_are_uniform():
+    rows = [steps for number in range(20) for steps in drawn(make_plan(), number)]
+    counts = torch.bincount(torch.tensor(rows).flatten(), minlength=10) / len(rows)
+    # 640 draws: the standard error of a share is at most 0.02
+    assert counts.tolist() == pytest.approx([0.5] * 4 + [0, 0.5, 0.5, 0, 0, 1], abs=0.08)
+
+
+def test_without_pools_all_steps_are_one():
+    one = make_plan(pools=((tuple(range(10)), 4),))
+    assert drawn(make_plan(pools=())) == drawn(one)
