@@ -74,16 +74,21 @@ def read_metrics(metrics: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+_COUNTERS = ("reward_queries", "gradient_queries", "denoiser_calls")
+
+
 def validation_rows(metrics: Path) -> list[dict[str, float]]:
-    """Return `reward_queries` and `val/...` of the rows of a `metrics.csv` that hold a validation.
+    """Return counters and `val/...` of the rows of a `metrics.csv` that hold a validation.
 
     Only those have a value of `val/reward/<name>`; other columns may miss from them, and are NaN.
     """
     rows = read_metrics(metrics)
-    names = sorted(name for name in (rows[0] if rows else []) if name.startswith("val/"))
+    known = list(rows[0]) if rows else []
+    names = sorted(name for name in known if name.startswith("val/"))
+    counters = [name for name in _COUNTERS if name in known]
     rewards = [name for name in names if name.startswith("val/reward/")]
     return [
-        {name: float(row[name] or "nan") for name in ("reward_queries", *names)}
+        {name: float(row[name] or "nan") for name in (*counters, *names)}
         for row in rows
         if any(row[name] for name in rewards)
     ]

@@ -9,6 +9,7 @@ import yaml
 
 from lit_align.benchmarks import grid
 from lit_align.benchmarks.base_quality import score
+from lit_align.benchmarks.results import read_results
 from lit_align.data.prompts import PromptFile, PromptLoader
 from lit_align.functional.noise import sample_generators
 from lit_align.metrics import FrechetDistance
@@ -59,7 +60,7 @@ def curves(name, method="ddpo"):
     run["config"] = str(ROOT / run["config"])
     Path("runs.yaml").write_text(yaml.safe_dump({"seeds": [0, 1, 2], "runs": {name: run}}))
     grid.grid("runs.yaml", workers=2)
-    read = grid.read_results(Path("results"), name, [0, 1, 2])
+    read = read_results(Path("results"), name, [0, 1, 2])
     assert len(read) == 3
     return read
 

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 from lit_align.algorithms.tasks import Task
 from lit_align.cli import main
-from lit_align.data.planner import RoundPlan
+from lit_align.data.planner import RoundPlan, strata
 from lit_align.schedulers import StochasticDDIM
 
 ROOT = Path(__file__).parent.parent
@@ -60,9 +60,10 @@ def test_configuration_for_the_shapes_world_trains_on_one_batch(path):
         "data.init_args.val_size": "4",
         "model.init_args.prompts_per_round": "4",
         "model.init_args.samples_per_prompt": "2",
-        "model.init_args.rollout_batch_size": "8",
         "model.init_args.minibatch_size": "8",
     }
+    if "rollout_batch_size" in path.read_text():
+        small["model.init_args.rollout_batch_size"] = "8"
     main(
         ["fit", "--config", str(path), *(word for k, v in small.items() for word in (f"--{k}", v))]
     )
@@ -125,6 +126,45 @@ def test_headers_tell_the_arithmetic_of_a_round(name, capsys):
             assert share.minibatches // (accumulate // world_size) == updates
             if 1 < world_size == worlds[-1]:
                 assert f"accumulate_grad_batches {accumulate // world_size}" in header
+
+
+FOLLOWS = [
+    path
+    for path in CONFIGS
+    if path.parent.name in ("refl", "draft", "alignprop", "drtune", "nabla_gflownet",
+                            "adjoint_matching")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FOLLOWS, ids=ids)
+def test_headers_of_reward_gradients_tell_the_arithmetic_of_a_round(path, capsys):
+    printed = parsed(path, capsys)
+    options, accumulate = (
+        printed["model"]["init_args"],
+        printed["trainer"]["accumulate_grad_batches"],
+    )
+    header = " ".join(
+        line[1:].strip() for line in path.read_text().partition("\nname:")[0].split("\n")
+    )
+    images, size, what = options["prompts_per_round"], options["minibatch_size"], "images"
+    items = images
+    if "rollout_batch_size" in options:  # they learn from single steps
+        steps = options.get("early_steps", 0) + options.get("late_steps", 0)
+        steps = steps or len(strata(tuple(range(options["num_inference_steps"])),
+                                    options["timestep_fraction"]))  # fmt: skip
+        items = images * steps
+        what = f"samples x {steps} steps = {items:,} pairs"
+        assert images % options["rollout_batch_size"] == 0
+    minibatches = items // size
+    assert (
+        f"A round is {images} {what} in {minibatches:,} minibatches of {size}: "
+        in header.replace(f"{images} images x", f"{images} samples x")
+    )
+    updates = minibatches // accumulate
+    assert f": {updates} update{'s' * (updates > 1)}" in header
+    assert items % size == minibatches % accumulate == 0
+    if accumulate > 1:
+        assert f"(accumulate_grad_batches {accumulate})" in header
 
 
 def test_neurons_are_reset_every_ten_rounds_as_in_the_paper(capsys):

@@ -35,6 +35,7 @@ class AlignmentModule(LightningModule, ABC):
         lr: Learning rate.
         weight_decay: Of AdamW.
         adam_epsilon: Of AdamW, added to the root of the second moment.
+        adam_betas: Of AdamW, the decay rates of its moments.
         num_inference_steps: Denoising steps T in training.
         guidance_scale: Weight of classifier-free guidance, in training and evaluation; 1 runs no
             unconditional branch.
@@ -60,6 +61,7 @@ class AlignmentModule(LightningModule, ABC):
         lr: float = 3e-4,
         weight_decay: float = 1e-4,
         adam_epsilon: float = 1e-8,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
         eval_num_inference_steps: int | None = None,
@@ -86,11 +88,9 @@ class AlignmentModule(LightningModule, ABC):
         self.reward = reward
         self.lr, self.weight_decay, self.adam_epsilon = lr, weight_decay, adam_epsilon
         self.num_inference_steps = num_inference_steps
-        self.guidance_scale = guidance_scale
+        self.adam_betas, self.guidance_scale, self.seed = adam_betas, guidance_scale, seed
         self.eval_num_inference_steps = eval_num_inference_steps or num_inference_steps
-        self.seed = seed
-        self.max_invalid_fraction = max_invalid_fraction
-        self.reward_timeout = reward_timeout
+        self.max_invalid_fraction, self.reward_timeout = max_invalid_fraction, reward_timeout
         self.counters = dict.fromkeys(COUNTERS, 0)
         means = {name: MeanMetric(nan_strategy="ignore") for name in self.rewards}
         self.val_means: Any = nn.ModuleDict(means)
@@ -167,9 +167,9 @@ class AlignmentModule(LightningModule, ABC):
 
     def adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return AdamW over groups of parameters, which may have options of their own."""
-        return torch.optim.AdamW(
-            groups, lr=self.lr, weight_decay=self.weight_decay, eps=self.adam_epsilon
-        )
+        betas, epsilon = self.adam_betas, self.adam_epsilon
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
+        return torch.optim.AdamW(groups, betas=betas, eps=epsilon, **options)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None,

@@ -22,11 +22,10 @@ from typing import Any
 
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
+from lit_align.benchmarks.results import Rows, read_list, read_results
 from lit_align.run_folder import newest_checkpoint, read_metrics, validation_rows
 
-Rows = list[dict[str, float]]
 _RUNS_DIR = "runs/grid"
 
 
@@ -40,7 +39,7 @@ def grid(runs: str, only: str | None = None, draw_only: bool = False, workers: i
         workers: Runs at a time, which share the processor's cores.
     """
     path = Path(runs)
-    listed: Any = OmegaConf.to_container(OmegaConf.load(path))
+    listed = read_list(path)
     results = path.parent / "results"
     results.mkdir(exist_ok=True)
     missing = [
@@ -87,19 +86,6 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["step"])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def read_results(results: Path, name: str, seeds: Sequence[int]) -> list[Rows]:
-    """Return the validation rows of each seed of a run that has finished."""
-    found = []
-    for seed in seeds:
-        path = results / f"{name}_seed{seed}.csv"
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                found.append(
-                    [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-                )
-    return found
 
 
 def summarise(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> str:

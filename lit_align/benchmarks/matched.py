@@ -5,23 +5,25 @@
 Prints a Markdown table: a row per run and level, with the reward queries that it took, the
 held-out rewards' gains and the distance from the base model there, mean and standard deviation over
 seeds. Gains are over the base model, in standard deviations of its rewards. Given the table of
-`lit_align.benchmarks.checkpoints`, also its columns, as changes from the base model.
+`lit_align.benchmarks.checkpoints`, also its columns, as changes from the base model. Run names of
+another list are written `LIST:NAME`, as in `configs/tdpo/runs.yaml:tdpo_colorfulness`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from jsonargparse import auto_cli
-from omegaconf import OmegaConf
 
-from lit_align.benchmarks.grid import Rows, read_results
 from lit_align.benchmarks.outcomes import read_table, spread
+from lit_align.benchmarks.results import (
+    Rows,
+    gains_of,
+    measure_of,
+    read_list,
+    results_of,
+    target_of,
+)
 from lit_align.metrics.cross_reward import at_level
-
-_PREFIX = "val/reward/"
 
 
 def matched(
@@ -29,6 +31,8 @@ def matched(
     levels: tuple[float, ...] = (0.5, 1.0),
     only: str = "",
     checkpoints: str | None = None,
+    names: list[str] | None = None,
+    measures: tuple[str, ...] = (),
 ) -> None:
     """Print the table.
 
@@ -37,21 +41,17 @@ def matched(
         levels: Gains of the trained reward, in standard deviations of the base.
         only: Only runs whose name contains this, all trained on the same reward.
         checkpoints: CSV file of `lit_align.benchmarks.checkpoints`.
+        names: Runs in their order, also of other lists; by default all of `runs`.
+        measures: Further columns: of `val/`, such as "diversity", or counters.
     """
-    path = Path(runs)
-    listed: Any = OmegaConf.to_container(OmegaConf.load(path))
     others = read_table(checkpoints) if checkpoints else {}
-    table: list[dict[str, str]] = []
-    for level in levels:
-        for name in listed["runs"]:
-            if only in name:
-                seeds = {
-                    f"{name}_seed{seed}": rows
-                    for seed in listed["seeds"]
-                    for rows in read_results(path.parent / "results", name, [seed])
-                }
-                if seeds:
-                    table.append(_row(name, level, seeds, others))
+    chosen = names or [name for name in read_list(runs)["runs"] if only in name]
+    table = [
+        _row(name.split(":")[-1], level, seeds, others, measures)
+        for level in levels
+        for name in chosen
+        if (seeds := results_of(runs, name))
+    ]
     columns = list(dict.fromkeys(column for row in table for column in row))
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
@@ -60,18 +60,22 @@ def matched(
 
 
 def _row(
-    name: str, level: float, seeds: dict[str, Rows], others: dict[str, Rows]
+    name: str,
+    level: float,
+    seeds: dict[str, Rows],
+    others: dict[str, Rows],
+    measures: tuple[str, ...],
 ) -> dict[str, str]:
     """Return a row of the table, by column."""
     found: dict[str, list[float]] = {}
     for run, rows in seeds.items():
-        rewards = [column for column in rows[0] if column.startswith(_PREFIX)]
-        gains = {reward.removeprefix(_PREFIX): _gains(rows, reward) for reward in rewards}
-        gain = gains.pop(_target(rows))
+        gains = gains_of(rows)
+        gain = gains.pop(target_of(rows))
         series = {
-            "reward queries": [row["reward_queries"] for row in rows],
+            "reward queries": measure_of(rows, "reward_queries"),
             **gains,
-            "FID": [row.get("val/fid", torch.nan) for row in rows],
+            "FID": measure_of(rows, "fid"),
+            **{measure.replace("_", " "): measure_of(rows, measure) for measure in measures},
         }
         if run in others:
             series |= _at_validations(others["base"][0], others[run], series["reward queries"])
@@ -80,17 +84,6 @@ def _row(
             found.setdefault(column, []).append(float(value))
     cells = {column: _spread(column, values) for column, values in found.items()}
     return {"run": name, "gain": f"{level:g}", **cells}
-
-
-def _target(rows: Rows) -> str:
-    """Return the trained reward: the one that no slope is measured of."""
-    names = [n.removeprefix(_PREFIX) for n in rows[0] if n.startswith(_PREFIX)]
-    return next(name for name in names if f"val/generalization/{name}" not in rows[0])
-
-
-def _gains(rows: Rows, reward: str) -> list[float]:
-    unit = rows[0][reward.replace("val/reward/", "val/reward_std/")]
-    return [(row[reward] - rows[0][reward]) / unit for row in rows]
 
 
 def _at_validations(
@@ -110,7 +103,9 @@ def _spread(column: str, values: list[float]) -> str:
     known = [value for value in values if value == value]
     if not known:
         return "-"
-    form = {"reward queries": ".0f", "FID": ".3f"}.get(column, "+.2f")
+    plain = {"FID": ".3f", "diversity": ".3f", "vendi": ".2f", "kl": ".1f"}
+    counters = dict.fromkeys(("reward queries", "gradient queries", "denoiser calls"), ".0f")
+    form = {**plain, **counters}.get(column, "+.2f")
     form = "+.3f" if "/" in column else form
     text = spread(known, form)
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from lit_align.benchmarks.grid import Rows
+from lit_align.benchmarks.results import Rows
 
 
 def outcomes(table: str) -> None:

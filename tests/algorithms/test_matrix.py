@@ -17,7 +17,7 @@ UPDATES = {  # a round's steps x samples / minibatch, of two tasks each with one
     "DDPO": {"sd": 3 * 8 // 8, "sd3": 2 * 8 // 8},
     "TDPO": {"sd": 3 * 8 // 4, "sd3": 2 * 8 // 4},
     "LargeScaleRL": {"sd": 2 * (2 * 8 // 4) + 1, "sd3": 2 * (1 * 8 // 4) + 1},
-    **dict.fromkeys(("ReFL", "DRaFT", "AlignProp", "DRTune"), {"sd": 2, "sd3": 2}),
+    **{name: {"sd": 2, "sd3": 2} for name in ("ReFL", "DRaFT", "AlignProp", "DRTune")},
     "NablaGFlowNet": {"sd": 2 * 8 // 4, "sd3": 1 * 8 // 4},
     "AdjointMatching": {"sd": 3 * 8 // 8, "sd3": 2 * 8 // 8},
 }

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from lit_align.benchmarks import base_quality, grid, matched, outcomes, overhead
+from lit_align.benchmarks.results import read_results
 from lit_align.callbacks import OveroptimizationStopping
 from tests.conftest import tiny_pipeline
 
@@ -89,7 +90,7 @@ def test_committed_tables_follow_from_the_committed_results():
     for path in (ROOT / "configs").rglob("runs.yaml"):
         listed = yaml.safe_load(path.read_text())
         results = path.parent / "results"
-        curves = {n: grid.read_results(results, n, listed["seeds"]) for n in listed["runs"]}
+        curves = {n: read_results(results, n, listed["seeds"]) for n in listed["runs"]}
         assert all(len(seeds) == len(listed["seeds"]) for seeds in curves.values())
         summary = grid.summarise(curves, listed["runs"])
         assert (results / "summary.md").read_text() == summary
@@ -142,7 +143,7 @@ def test_committed_results_show_over_optimisation_and_its_absence():
         ("verifier_shapes-sd", "ShapesVerifier"),
         ("verifier_shapes-sd3", "ShapesVerifier"),
     ):
-        seeds = grid.read_results(results, run, [0, 1, 2])
+        seeds = read_results(results, run, [0, 1, 2])
         slopes[run] = [rows[-1]["val/generalization/ShapesCLIP"] for rows in seeds]
         for seed, rows in enumerate(seeds):
             reasons = []

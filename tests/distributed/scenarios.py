@@ -20,6 +20,7 @@ from lit_align.algorithms import Task
 from lit_align.algorithms.sharding import whole
 from lit_align.callbacks import CrossRewardCallback, NeuronResetCallback, SampleGallery
 from lit_align.rewards import Colorfulness, RewardModule
+from lit_align.trajectory import Trajectory
 from tests.algorithms.harness import (
     Recorder,
     experience_of,
@@ -39,7 +40,21 @@ METHODS = {
         "family": "sd3", "train": "full", "lr_critic": 2e-3, "kl_coef": 0.1, "kl_target": 1e-3,
     },
     "LargeScaleRL": {"family": "sd3", "train": "full", "timestep_fraction": 1.0},
+    "ReFL": {"family": "sd", "train": "lora"},
+    "DRaFT": {"family": "sd3", "train": "full"},
+    "AlignProp": {"family": "sd3", "train": "full", "num_inference_steps": 4},
+    "DRTune": {"family": "sd", "train": "lora"},
+    "NablaGFlowNet": {"family": "sd3", "train": "full", "timestep_fraction": 0.5},
+    "AdjointMatching": {"family": "sd", "train": "lora"},
 }  # fmt: skip
+# Each of the first three under both strategies, each of the others under one.
+RUNS = [
+    *((method, strategy) for method in ("DDPO", "TDPO", "LargeScaleRL") for strategy in STRATEGIES),
+    *(("ReFL", "ddp"), ("DRaFT", "fsdp2"), ("AlignProp", "ddp"), ("DRTune", "fsdp2")),
+    *(("NablaGFlowNet", "fsdp2"), ("AdjointMatching", "ddp")),
+]
+# Gradients of untrained models are tiny, and AdamW's epsilon would hide them.
+SCALE = {"loss_scale": 1e3}
 # Over all processes. In the sample-major order of DDPO half a minibatch, the share of one of two
 # processes, holds whole samples of 3 trained steps. Else the pairs of a sample would lie in two
 # minibatches on one process and in one on two, and the updates would differ.
@@ -47,9 +62,14 @@ SIZES = {
     "DDPO": {"minibatch_size": 12},
     "TDPO": {"minibatch_size": 4},
     "LargeScaleRL": {"minibatch_size": 8, "pretraining_batch_size": 4},
+    **{name: {"minibatch_size": 4} for name in ("ReFL", "DRaFT", "AlignProp", "DRTune")},
+    "NablaGFlowNet": {"minibatch_size": 8},
+    "AdjointMatching": {"minibatch_size": 12},
 }
-# Updates to the middle of the first round, of 2, 4 and 5 updates, and in it of the second task.
-MIDDLE = {"DDPO": 1, "TDPO": 2, "LargeScaleRL": 3}
+# Updates to the middle of the first round, of 4 of TDPO's, 5 of LargeScaleRL's (there of the second
+# task), and 2 of the others.
+MIDDLE = {**dict.fromkeys(METHODS, 1), "TDPO": 2, "LargeScaleRL": 3}
+ONLINE = ("DDPO", "TDPO", "LargeScaleRL", "NablaGFlowNet", "AdjointMatching")
 RESET = 5  # updates
 TIMEOUT = 600  # seconds
 
@@ -76,24 +96,23 @@ def make(method, rank=0, parts=1, **options):
     sizes = {key: size // parts for key, size in SIZES[method].items()}
     # Rollouts in equal batches are equal bit by bit, else a pixel is rounded to another level now
     # and then.
-    common = {"rollout_batch_size": 4, "clip_range": 1e-2, "lr": 1e-3, "adam_epsilon": EPS}
+    online = {"rollout_batch_size": 4} if method in ONLINE else SCALE
+    clipped = {"clip_range": 1e-2} if method in ("DDPO", "TDPO", "LargeScaleRL") else {}
+    common = {**online, **clipped, "lr": 1e-3, "adam_epsilon": EPS}
     return make_method(method, **{**METHODS[method], **common, **sizes, **options})
 
 
 def keep_rounds(module):
-    """Return a list that fills with the samples of each round of each task."""
+    """Return a list that fills with the samples of each round of each task, if it draws them."""
     rounds, collect = [], module.collect
 
     def recorded(batch, round_index):
-        trajectory = collect(batch, round_index)
-        rounds.append(
-            {
-                "positions": trajectory.batch.positions,
-                "latents": trajectory.latents,
-                "rewards": trajectory.rewards,
-            }
-        )
-        return trajectory
+        collected = collect(batch, round_index)
+        kept = {"positions": collected.positions}
+        if isinstance(collected, Trajectory):
+            kept |= {"latents": collected.latents, "rewards": collected.rewards}
+        rounds.append(kept)
+        return collected
 
     module.collect = recorded
     return rounds
@@ -181,12 +200,10 @@ def references(folder):
 
 def both(folder):
     """Everything that two processes do, in turn."""
-    for method in METHODS:
-        middle = within_a_round(folder, method)
-        for strategy in STRATEGIES:
-            name = f"{method}-{strategy}"
-            run(folder, name, method, strategy)
-            run(folder, f"{name}-resumed", method, strategy, resume=middle)
+    for method, strategy in RUNS:
+        name = f"{method}-{strategy}"
+        run(folder, name, method, strategy)
+        run(folder, f"{name}-resumed", method, strategy, resume=within_a_round(folder, method))
     for strategy in STRATEGIES:
         run(folder, f"TDPO-{strategy}-accumulated", "TDPO", strategy, accumulate=2, rounds=1)
     run(folder, "frozen-bf16", "TDPO", "fsdp2", rounds=1, precision="bf16-mixed", **FROZEN_BF16)
