@@ -14,7 +14,7 @@ from lit_align.algorithms.base import AlignmentModule
 from lit_align.callbacks.ema import stored_average
 from lit_align.checkpoint_io import read_checkpoint
 from lit_align.data.prompts import PromptFile
-from lit_align.policies.adapters import LORA_FILE
+from lit_align.policies.adapters import LORA_FILE, scale_lora
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import uint8_images
 
@@ -62,6 +62,7 @@ def generate(
     images_per_prompt: int = 1,
     seed: int = 42,
     weights: Weights = "trained",
+    lora_scale: float = 1.0,
 ) -> None:
     """Sample images from a checkpoint, or from a pipeline with or without a LoRA.
 
@@ -79,8 +80,12 @@ def generate(
         images_per_prompt: Number of images of each prompt.
         seed: Decides the noise.
         weights: Of the checkpoint: "trained", or "ema" for the average that AdapterEMA kept.
+        lora_scale: Share of the adapters' change; less than 1 goes back towards the pretrained
+            model, which undoes over-optimisation in part (arXiv:2309.17400).
     """
     policy, default_steps, default_guidance = _open_policy(ckpt_path, pretrained, lora, weights)
+    if lora_scale != 1:
+        scale_lora(policy.denoiser, lora_scale)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +152,7 @@ def export(
     output: str,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     weights: Weights = "trained",
+    lora_scale: float = 1.0,
 ) -> None:
     """Write a checkpoint's weights for plain diffusers, with a card that says how to use them.
 
@@ -155,8 +161,12 @@ def export(
         output: Folder; it gets `pytorch_lora_weights.safetensors` or a full pipeline.
         dtype: Of the stored tensors.
         weights: "trained", or "ema" for the average that AdapterEMA kept.
+        lora_scale: Share of the adapters' change, see `generate`.
     """
     module = load_module(ckpt_path, weights)
+    if lora_scale != 1:
+        assert isinstance(module, AlignmentModule)
+        scale_lora(module.policy.denoiser, lora_scale)
     if not callable(save := getattr(module, "save_pretrained", None)):
         raise ValueError(f"{type(module).__name__} has no `save_pretrained`.")
     save(output, _DTYPES[dtype])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from lit_align.cli import main
 from lit_align.data.prompts import PromptFile
@@ -379,6 +380,18 @@ def test_generate_writes_files_from_checkpoints_and_loras(capsys):
              guidance_scale=1.0, images_per_prompt=2)  # fmt: skip
     for path in Path("one").iterdir():
         assert path.read_bytes() == Path("two", path.name).read_bytes()
+    size = ["--num_inference_steps", "3", "--guidance_scale", "1", "--prompts", str(PROMPTS)]
+    main(["generate", "--pretrained", "shapes-sd", *size, "--output", "base"])
+    main(["generate", "--ckpt_path", checkpoint, *size, "--output", "off", "--lora_scale", "0"])
+    main(["export", "--ckpt_path", checkpoint, "--output", "half", "--lora_scale", "0.5"])
+    half, whole = (load_file(f"{folder}/{LORA_FILE}") for folder in ("half", "lora"))
+    for name, tensor in whole.items():
+        assert torch.equal(half[name], tensor / 2 if ".lora_B." in name else tensor), name
+    for path in Path("base").iterdir():
+        assert path.read_bytes() == Path("off", path.name).read_bytes()
+        assert path.read_bytes() != Path("one", path.name).read_bytes()
+    with pytest.raises(ValueError, match="`lora_scale` is for LoRA adapters"):
+        main(["generate", "--pretrained", "shapes-sd", *size, "--lora_scale", "0.5"])
     Path("list.txt").write_text("\n".join(PROMPTS))
     generate(["list.txt"], "three", pretrained="shapes-sd", num_inference_steps=2)
     assert len(list(Path("three").iterdir())) == len(PromptFile("list.txt"))

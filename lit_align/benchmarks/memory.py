@@ -11,7 +11,7 @@ again, gradients, values in passing. Weights do not count, nor what a kernel nee
     AlignProp       its truncation fixed to K, which makes it DRaFT-K but for the sampler's noise
     not checkpointed            DRaFT-K as it would be if each network call kept its states
     ReFL            one trained step, the first; K does not apply
-    NablaGFlowNet   loss of a minibatch of one (sample, step) pair; K of them need no more
+    NablaGFlowNet   a minibatch of one (sample, step) pair; K of them need no more
     AdjointMatching the same, and before it the adjoint of the sample
 
 "shapes-sd" is run for real, with T = 8 and the reward `Colorfulness`. Stable Diffusion 1.5 and SD3
@@ -140,10 +140,7 @@ def _pipeline(large: bool) -> Any:
             caption_projection_dim=1536, pos_embed_max_size=192,
         )  # fmt: skip
         return diffusers.StableDiffusion3Pipeline(*[transformer, None, vae, *[None] * 6])
-    widths = (320, 640, 1280, 1280)
-    unet = diffusers.UNet2DConditionModel(
-        64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=widths
-    )
+    unet = diffusers.UNet2DConditionModel(64, cross_attention_dim=768)  # else of that size
     parts: list[Any] = [vae, None, None, unet, None, None, None]
     return diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
 
@@ -219,12 +216,10 @@ def _draw(rows: Rows) -> Figure:
             if method in WITHOUT_K:
                 axis.axhline(sizes[0], linestyle="--", linewidth=1, **style)
             else:  # thinner and thinner, so that equal curves show
-                style["linewidth"] = 6 - 1.5 * number
-                axis.plot([row["K"] for row in own], sizes, "o-", **style)
+                axis.plot([r["K"] for r in own], sizes, "o-", lw=6 - 1.5 * number, **style)
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("K, trained steps")
+        axis.set(title=name, xlabel="K, trained steps")
     axes[0].legend(fontsize=7)
     figure.supylabel("peak memory of a sample, MiB", fontsize=9)
     return figure

@@ -87,6 +87,20 @@ def _train_only(denoiser: Any, trainable: list[nn.Parameter]) -> None:
         parameter.requires_grad_(id(parameter) in chosen)
 
 
+def scale_lora(denoiser: Any, factor: float) -> None:
+    """Multiply what the adapters add: 0 is the pretrained model, 1 leaves them as they are.
+
+    Raises:
+        ValueError: If the denoiser has no adapters.
+    """
+    second = [p for name, p in denoiser.named_parameters() if ".lora_B." in name]
+    if not second:
+        raise ValueError("`lora_scale` is for LoRA adapters, and there are none.")
+    with torch.no_grad():
+        for parameter in second:
+            parameter.mul_(factor)
+
+
 def copy_adapter(denoiser: Any, name: str) -> None:
     """Add a frozen copy of the trained adapter.
 
