@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lit_align.algorithms.online import Logs, OnlineModule
-from lit_align.algorithms.pixels import PixelGrad, latent_gradient
+from lit_align.algorithms.pixels import PixelGrad, check_choice, latent_gradient
 from lit_align.data.planner import RoundPlan
 from lit_align.functional.gaussian import per_sample
 from lit_align.policies.base import DiffusionPolicy
@@ -96,6 +96,7 @@ class AdjointMatching(OnlineModule):
             advantage_norm="batch", advantage_eps=None, std_unbiased=None, adv_clip_max=None,
             buffer_size=1, min_count=1, **options,
         )  # fmt: skip
+        check_choice("pixel_grad", pixel_grad, PixelGrad)
         if not 0 < early_fraction < 1 or early_steps < 0 or late_steps < 1 or reward_scale < 0:
             raise ValueError(
                 "`early_fraction` must lie in (0, 1), `early_steps` and `reward_scale` be at least "
@@ -104,7 +105,7 @@ class AdjointMatching(OnlineModule):
             )
         self.reward_scale, self.early_fraction = reward_scale, early_fraction
         self.early_steps, self.late_steps = early_steps, late_steps
-        self.bound = None if lct_constant is None else lct_constant * reward_scale**2
+        self.bound = lct_constant and lct_constant * reward_scale**2
         self.adjoint_index = adjoint_index
         self.pixel_grad, self.decode_batch_size = pixel_grad, decode_batch_size
         policy.keep_reference()

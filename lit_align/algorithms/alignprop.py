@@ -2,7 +2,7 @@
 
     K ~ truncation
     sample x_T..x_K without gradient, x_{K-1}..x_0 with that of the network's calls
-    r = reward(decode(x_0), prompt),  L = loss_scale |target_reward - r|
+    r = reward(decode(x_0), prompt),  L = loss_scale |target_reward - r|, or -loss_scale r
 
     truncation   fixed       K = truncation_steps
                  uniform     T - K ~ U{0..T-1}
@@ -16,7 +16,8 @@ Deviations:
     2. The draw is made once for each update, the same for all its samples and processes, which
        would else wait for the longest graph among them.
     3. Steps without gradient run without a graph; the official code detaches their outputs.
-    4. The current official code maps images to [0, 1] twice, so that its reward sees them in
+    4. A "bernoulli" draw without any step is drawn again (of 50 steps, one in 10^21).
+    5. The current official code maps images to [0, 1] twice, so that its reward sees them in
        [0.5, 1]; here it sees them as they are, as in its first version.
 """
 
@@ -28,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 
+from lit_align.algorithms.pixels import check_choice
 from lit_align.algorithms.reward_gradient import Drawn, RewardGradientModule
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
@@ -49,8 +51,11 @@ def truncated_steps(
         generator: Of the draw.
     """
     if truncation == "bernoulli":
-        draws = torch.randint(total + 1, (total,), generator=generator)
-        return [step for step in range(total) if draws[step] <= step]
+        kept: list[int] = []
+        while not kept:
+            draws = torch.randint(total + 1, (total,), generator=generator)
+            kept = [step for step in range(total) if draws[step] <= step]
+        return kept
     if truncation == "fixed":
         return range(total - int(mean), total)
     if truncation == "uniform":
@@ -95,14 +100,16 @@ class AlignProp(RewardGradientModule):
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             stochastic_sampling=stochastic_sampling, **options,
         )  # fmt: skip
+        check_choice("truncation", truncation, Truncation)
+        most = num_inference_steps - (truncation == "normal")
         counted = truncation in ("fixed", "normal")
-        if counted and not 1 <= truncation_steps <= num_inference_steps:
+        if counted and not 1 <= truncation_steps <= most:
             raise ValueError(
-                f"`truncation_steps` must lie in [1, {num_inference_steps}], got "
+                f"`truncation_steps` must lie in [1, {most}] for `truncation: {truncation}`, got "
                 f"{truncation_steps}."
             )
-        if truncation == "normal" and num_inference_steps < 2:
-            raise ValueError("`truncation: normal` needs `num_inference_steps` of at least 2.")
+        if truncation == "normal" and truncation_std <= 0:
+            raise ValueError(f"`truncation_std` must be positive, got {truncation_std}.")
         self.truncation: Truncation = truncation
         self.truncation_steps, self.truncation_std = truncation_steps, truncation_std
 

@@ -85,6 +85,6 @@ class DRaFT(RewardGradientModule):
         arguments = (noised, times, path.conditioning, path.guidance_scale)
         output = with_checkpoint(self.policy.predict, *arguments, cfg_grad=self.cfg_grad)
         self._count(path.guidance_scale, len(clean))
-        noisy = self.num_inference_steps - 1 in self.noisy_steps
-        fresh = generators if noisy else None
+        noisy = self.num_inference_steps - 1 in scheduler.density_steps
+        fresh = generators if noisy and self.stochastic_sampling else None
         return scheduler.step(output, times, noised, generator=fresh).next_latents

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from lit_align.algorithms.pixels import check_choice
 from lit_align.algorithms.reward_gradient import Drawn, RewardGradientModule
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
@@ -92,17 +93,20 @@ class DRTune(RewardGradientModule):
         )  # fmt: skip
         self.latest_stop = round(early_stop_ratio * num_inference_steps)
         shortest = num_inference_steps - self.latest_stop
-        if not 0 <= early_stop_ratio < 1 or not 1 <= truncation_steps <= shortest:
+        check_choice("train_step_strategy", train_step_strategy, StepStrategy)
+        count = 1 if train_step_strategy in ("last", "list") else truncation_steps
+        if not 0 <= early_stop_ratio < 1 or not 1 <= count <= shortest:
             raise ValueError(
                 "`truncation_steps` must be positive and fit into what `early_stop_ratio` in [0, 1)"
                 f" leaves of {num_inference_steps} steps, got {truncation_steps} and "
                 f"{early_stop_ratio}."
             )
         listed = train_step_strategy == "list"
-        if listed != bool(train_steps) or not set(train_steps) <= set(range(shortest)):
+        repeated = len(set(train_steps)) < len(train_steps)
+        if listed != bool(train_steps) or repeated or not set(train_steps) <= set(range(shortest)):
             raise ValueError(
                 "`train_step_strategy: list`, and only it, needs `train_steps` of 0.."
-                f"{shortest - 1}, got {list(train_steps)}."
+                f"{shortest - 1}, each once, got {list(train_steps)}."
             )
         self.train_step_strategy: StepStrategy = train_step_strategy
         self.truncation_steps, self.train_steps = truncation_steps, tuple(train_steps)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_align.algorithms.online import Logs, OnlineModule
-from lit_align.algorithms.pixels import PixelGrad, latent_gradient
+from lit_align.algorithms.pixels import PixelGrad, latent_gradient, log_prob_gradient
 from lit_align.data.planner import RoundPlan, strata
 from lit_align.functional.gaussian import mean_square, per_sample
 from lit_align.policies.base import DiffusionPolicy
@@ -54,6 +54,7 @@ class NablaGFlowNet(OnlineModule):
         loss_weighting: "variance" multiplies L_F and L_B by each step's (arXiv:2604.17415), as flow
             matching needs: its last noisy steps are so narrow that they outweigh all others.
         gamma_mode: gamma is the share of signal squared ("alpha_bar"), as it is ("sqrt"), or 1.
+            Without g the last comes closest to the distribution that is aimed at.
         flow_correction: g, a `FlowCorrection`; None leaves it out.
         lr_flow: Its learning rate.
         flow_weight_decay: Its weight decay.
@@ -103,7 +104,7 @@ class NablaGFlowNet(OnlineModule):
         self.flow_correction: Any = flow_correction
         self.lr_flow, self.flow_weight_decay = lr_flow, flow_weight_decay
         self.detach_flow, self.backward_weight = detach_flow, backward_weight
-        self.backward_trains_policy = backward_trains_policy
+        self.backward_trains_policy = backward_trains_policy and flow_correction is not None
         self.trust_region_weight = trust_region_weight
         self.keep_predicted = trust_region_weight > 0
         self.pixel_grad, self.decode_batch_size = pixel_grad, decode_batch_size
@@ -117,14 +118,15 @@ class NablaGFlowNet(OnlineModule):
 
     def loss(self, minibatch: Transition) -> tuple[Tensor, Logs]:
         """Return the sum of the balance losses and the trust region's."""
+        scheduler = self.policy.scheduler
+        after = scheduler.index(minibatch.timesteps) + 1
+        # Before the policy's own graph is built: two at once would be the peak of memory.
+        target, correction, last = self._flow_gradient(minibatch, minibatch.next_latents, after)
         step = self.policy.replay(minibatch, cfg_grad=self.cfg_grad)
         with torch.no_grad(), self.policy.reference():
             base = self.policy.replay(minibatch)
         self._count(minibatch.guidance_scale, len(minibatch))
         gap = (step.mean - base.mean) / per_sample(step.std.square(), step.mean)
-        scheduler = self.policy.scheduler
-        after = scheduler.index(minibatch.timesteps) + 1
-        target, correction, last = self._flow_gradient(minibatch, minibatch.next_latents, after)
         inner = correction.detach() if self.detach_flow else correction
         weight = step.std.square() if self.variance_weighted else torch.ones_like(step.std)
         loss = weight * mean_square(gap - target - inner.where(~last, 0.0))
@@ -136,9 +138,12 @@ class NablaGFlowNet(OnlineModule):
             logs["train/trust_region"] = trust.mean()
         if self.flow_correction is not None:
             terminal = mean_square(correction.where(last, 0.0))
-            backward = weight * self._backward_loss(minibatch, after - 1)
-            loss = loss + terminal + self.backward_weight * backward
-            logs |= {"train/terminal_loss": terminal.mean(), "train/backward_loss": backward.mean()}
+            loss = loss + terminal
+            logs["train/terminal_loss"] = terminal.mean()
+            if self.backward_weight > 0:
+                backward = weight * self._backward_loss(minibatch, after - 1)
+                loss = loss + self.backward_weight * backward
+                logs["train/backward_loss"] = backward.mean()
         return (minibatch.weights * loss).mean(), logs
 
     def _flow_gradient(
@@ -171,20 +176,11 @@ class NablaGFlowNet(OnlineModule):
 
     def _backward_loss(self, minibatch: Transition, index: Tensor) -> Tensor:
         target, correction, _ = self._flow_gradient(minibatch, minibatch.latents, index)
-        own = self._log_prob_gradient(minibatch, self.backward_trains_policy)
+        own = log_prob_gradient(self.policy, minibatch, self.backward_trains_policy)
         with self.policy.reference():
-            base = self._log_prob_gradient(minibatch, create_graph=False)
+            base = log_prob_gradient(self.policy, minibatch)
+        self._count(minibatch.guidance_scale, 2 * len(minibatch))
         return mean_square(own - base + target + correction)
-
-    def _log_prob_gradient(self, minibatch: Transition, create_graph: bool) -> Tensor:
-        """Return ``grad_x log p(x' | x)`` [N, ...], with its own gradient if a graph is asked."""
-        leaf = minibatch.latents.detach().requires_grad_()
-        step = self.policy.replay(minibatch.replace(latents=leaf), cfg_grad=self.cfg_grad)
-        self._count(minibatch.guidance_scale, len(minibatch))
-        error = (minibatch.next_latents - step.mean) / per_sample(step.std, leaf)
-        log_prob = -0.5 * error.square().sum()
-        (gradient,) = torch.autograd.grad(log_prob, leaf, create_graph=create_graph)
-        return gradient
 
     @property
     def plan(self) -> RoundPlan:

@@ -1,19 +1,34 @@
-"""The reward's gradient with respect to pixels and to latents, in float32."""
+"""Gradients with respect to pixels and latents: of the reward, in float32, and of densities."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_align.algorithms.base import AlignmentModule
+from lit_align.functional.gaussian import per_sample
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import quantize
-from lit_align.trajectory import PromptBatch
+from lit_align.rewards.scoring import RewardError
+from lit_align.trajectory import PromptBatch, Transition
 
 PixelGrad = Literal["clamped", "straight_through"]
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Check an option that is one of several words.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if value not in get_args(choices):
+        words = ", ".join(map(repr, get_args(choices)))
+        raise ValueError(f"`{name}` must be one of {words}, got {value!r}.")
 
 
 def decode_pixels(
@@ -46,6 +61,7 @@ def pixel_gradient(
     images: Tensor,
     batch: PromptBatch,
     of: Callable[[Tensor], Tensor] = lambda rewards: rewards,
+    observe: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the trained reward [B], and the gradient [B, 3, H, W] of a function of it.
 
@@ -56,15 +72,28 @@ def pixel_gradient(
         images: [B, 3, H, W] in [0, 1].
         batch: Their prompts.
         of: Takes the rewards that are known [V] and returns what to differentiate, [V].
+        observe: Whether the reward's running statistics take these scores in.
+
+    Raises:
+        RewardError: If the scores have no gradient.
     """
     assert module.reward is not None
     with torch.enable_grad():
         pixels = images.detach().float().requires_grad_()
-        module.reward.train()  # running statistics follow training samples only
+        module.reward.train(observe)
         rewards = module.score(module.reward, pixels, batch)
         module.reward.eval()
         valid = ~rewards.isnan()
-        (gradient,) = torch.autograd.grad(of(rewards[valid]).sum(), pixels)
+        gradient = torch.zeros_like(pixels)
+        if valid.any():
+            if not rewards.requires_grad:
+                raise RewardError(
+                    f"{module.reward.name} claims to be differentiable, but its scores have no "
+                    "gradient; look for `detach`, `no_grad` or a conversion to numbers in it."
+                )
+            # Backward computes in the precision of the context that it is called in.
+            with torch.autocast(images.device.type, enabled=False):
+                (gradient,) = torch.autograd.grad(of(rewards[valid]).sum(), pixels)
     module.counters["gradient_queries"] += len(images) * module.trainer.world_size
     known = valid.view(-1, 1, 1, 1)
     return rewards.detach(), gradient.where(known, 0.0)
@@ -91,6 +120,32 @@ def latent_gradient(
     with torch.enable_grad():
         leaf = latents.detach().requires_grad_()
         images = decode_pixels(module.policy, clean(leaf), batch_size, pixel_grad)
-        _, outer = pixel_gradient(module, images, batch)
-        (gradient,) = torch.autograd.grad(images, leaf, outer)
+        _, outer = pixel_gradient(module, images, batch, observe=False)  # the rollout's were
+        with torch.autocast(images.device.type, enabled=False):
+            (gradient,) = torch.autograd.grad(images, leaf, outer)
     return gradient.float()
+
+
+def log_prob_gradient(
+    policy: DiffusionPolicy, transition: Transition, create_graph: bool = False
+) -> Tensor:
+    """Return ``grad_x log p(x' | x)`` [N, ...], the gradient of a step's density at its start.
+
+    Args:
+        policy: Has the density.
+        transition: N steps that were taken.
+        create_graph: Keep the graph, so that the gradient has one too. This takes attention that
+            is not fused, which has no second derivative.
+
+    Raises:
+        ValueError: If a graph is asked of a denoiser that checkpoints.
+    """
+    if create_graph and getattr(policy.denoiser, "is_gradient_checkpointing", False):
+        raise ValueError("Second derivatives need `policy.gradient_checkpointing: false`.")
+    with sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():
+        leaf = transition.latents.detach().requires_grad_()
+        step = policy.replay(transition.replace(latents=leaf))
+        error = (transition.next_latents - step.mean) / per_sample(step.std, leaf)
+        log_prob = -0.5 * error.square().sum()
+        (gradient,) = torch.autograd.grad(log_prob, leaf, create_graph=create_graph)
+    return torch.as_tensor(gradient)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_align.algorithms.denoising import denoising_loss
 from lit_align.algorithms.pixels import (
     PixelGrad,
+    check_choice,
     decode_pixels,
     pixel_gradient,
     saturated,
@@ -91,6 +92,8 @@ class RewardGradientModule(RoundModule, ABC):
         super().__init__(policy, reward, eval_rewards, **options)
         if None not in (hinge_margin, target_reward):
             raise ValueError("Give `hinge_margin` or `target_reward`, not both.")
+        check_choice("cfg_grad", cfg_grad, CFGGrad)
+        check_choice("pixel_grad", pixel_grad, PixelGrad)
         self.hinge_margin, self.target_reward = hinge_margin, target_reward
         self.loss_scale, self.beta = loss_scale, beta
         self.pretraining_beta = pretraining_beta
@@ -118,18 +121,13 @@ class RewardGradientModule(RoundModule, ABC):
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             generator=sample_generators("rollout", self.seed, minibatch.round_index, positions),
-            stochastic_steps=self.noisy_steps,
+            stochastic_steps=None if self.stochastic_sampling else (),
             grad_steps=steps,
             cfg_grad=self.cfg_grad,
             **options,
         )
         self._count(self.guidance_scale, trajectory.timesteps.numel())
         return trajectory
-
-    @property
-    def noisy_steps(self) -> Collection[int]:
-        """Indices of the steps that add noise."""
-        return self.policy.scheduler.density_steps if self.stochastic_sampling else ()
 
     def draw_generator(self) -> torch.Generator:
         """Return a generator that is the same for all minibatches and processes of an update."""
@@ -162,11 +160,12 @@ class RewardGradientModule(RoundModule, ABC):
         rewards, gradient = pixel_gradient(self, images, batch, self.loss_of)
         self.counters["reward_queries"] += len(rewards) * self.trainer.world_size
         valid = ~rewards.isnan()
-        self._check_invalid(minibatch.round_index, int((~valid).sum()) // repeats)
+        unscored = (~valid).view(repeats, -1).any(dim=0)
+        self._check_invalid(minibatch.round_index, int(unscored.sum()))
         weights = valid / self.gathered(valid.float()).mean().clamp(min=1e-8)
         known = self.loss_of(rewards.where(valid, 0.0)).where(valid, 0.0)
-        chained = (images * gradient).flatten(1).sum(1)
-        losses = known.detach() + chained - chained.detach()
+        chained = (images * gradient).flatten(1).sum(1).where(valid, 0.0)
+        losses = known + chained - chained.detach()
         logs = {
             f"rollout/reward/{self.reward_name}": rewards.nanmean(),
             "train/saturated": saturated(images),

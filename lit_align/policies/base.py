@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lit_align.functional.gaussian import gaussian_kl
 from lit_align.functional.noise import randn
 from lit_align.policies import adapters, loading
-from lit_align.policies.sampling import CFGGrad, denoise, with_checkpoint
+from lit_align.policies.sampling import CFGGrad, denoise, stack_steps, with_checkpoint
 from lit_align.schedulers.base import StepOutput, StochasticScheduler
 from lit_align.trajectory import Trajectory, Transition
 
@@ -228,34 +228,29 @@ class DiffusionPolicy(nn.Module, ABC):
             generator: B of them; each draws its sample's initial noise, then that of its steps.
             initial_generator: B of them to draw the initial noise instead.
             stochastic_steps: Indices of the steps that add noise; by default all with a density.
-            num_steps: Stop after so many of the T steps.
-            grad_steps: Indices of the steps whose network call has a gradient, by checkpointing.
+            num_steps: Stop after so many of them.
+            grad_steps: Indices of the steps whose network call has a gradient.
             detach_input: Let no gradient flow into what the network sees (arXiv:2405.00760).
             cfg_grad: Whether gradient also flows through the unconditional branch.
             keep_predicted: Keep the clean latents that each step's network output implies.
             height: Of the image in pixels; by default the model's.
-            width: Of the image in pixels; by default the model's.
+            width: The same.
             progress: Called after each step.
         """
         self.scheduler.set_timesteps(num_inference_steps, self.device)
         timesteps = self.scheduler.timesteps[:num_steps]
         noisy = self.scheduler.density_steps if stochastic_steps is None else stochastic_steps
-        size, first = (height, width), initial_generator or generator
-        initial = randn(self.latent_shape(*size), first, self.device)
+        shape = self.latent_shape(height, width)
+        initial = randn(shape, initial_generator or generator, self.device)
         steps = denoise(
             self, initial, timesteps, conditioning, guidance_scale, generator, noisy, grad_steps,
             detach_input, cfg_grad, progress,
         )  # fmt: skip
-        predicted = torch.stack([s.pred_original for s in steps], dim=1) if keep_predicted else None
         return Trajectory(
-            latents=torch.stack([initial, *(step.next_latents for step in steps)], dim=1),
-            timesteps=timesteps.expand(len(generator), -1),
-            log_probs=torch.stack([step.log_prob for step in steps], dim=1),
-            conditioning=conditioning,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            predicted=predicted,
-        )
+            **stack_steps(initial, steps, keep_predicted),
+            timesteps=timesteps.expand(len(generator), -1), conditioning=conditioning,
+            guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
+        )  # fmt: skip
 
     def replay(self, transition: Transition, *, cfg_grad: CFGGrad = "both") -> StepOutput:
         """Evaluate recorded steps under the current weights, by the code path of `sample`."""

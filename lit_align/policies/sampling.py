@@ -53,6 +53,18 @@ def denoise(
     return steps
 
 
+def stack_steps(
+    initial: Tensor, steps: Sequence[StepOutput], keep_predicted: bool
+) -> dict[str, Any]:
+    """Return what a `Trajectory` keeps of its steps, by name."""
+    predicted = [step.pred_original for step in steps] if keep_predicted else None
+    return {
+        "latents": torch.stack([initial, *(step.next_latents for step in steps)], dim=1),
+        "log_probs": torch.stack([step.log_prob for step in steps], dim=1),
+        "predicted": None if predicted is None else torch.stack(predicted, dim=1),
+    }
+
+
 def with_checkpoint(function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
     """Call it, keeping its inputs only; backward calls it again.
 

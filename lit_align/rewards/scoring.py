@@ -72,15 +72,20 @@ def check_background(reward: RewardModule) -> None:
 
 
 def check_differentiable(reward: RewardModule, method: str) -> None:
-    """Check that a reward has a gradient.
+    """Check that a reward has a gradient, image by image.
 
     Raises:
-        ValueError: If it has none, naming the method that follows it.
+        ValueError: If it has none, or compares images; names the method that follows it.
     """
     if not reward.differentiable:
         raise ValueError(
             f"{method} follows the reward's gradient, and {reward.name} has none; use a reward "
             "with `differentiable = True`, or a policy gradient such as DDPO."
+        )
+    if reward.granularity != "pointwise":
+        raise ValueError(
+            f"{method} scores minibatch by minibatch, but {reward.name} compares the images of a "
+            f"{reward.granularity.removesuffix('wise')}; use a policy gradient such as DDPO."
         )
 
 

@@ -10,8 +10,8 @@ arXiv:2505.05470)
     dance  s = a                                                         arXiv:2505.07818
     cps    mean = x0 (1 - t') + eps t' cos(a pi / 2),  std = t' sin(a pi / 2)   arXiv:2509.05952
     memoryless  s = sqrt(2 t / (1 - t)), after which the clean latents do not depend on the initial
-           noise (arXiv:2409.08861); by the ancestral step of DDIM with eta = 1, exact where Euler's
-           first steps would double the variance:
+           noise (arXiv:2409.08861); by the ancestral step of DDIM with eta = 1, exact given x0,
+           where Euler's first steps would double the variance:
            std^2 = (t' / t)^2 (t^2 - ((1 - t) / (1 - t'))^2 t'^2)
            mean = x0 (1 - t') + eps sqrt(t'^2 - std^2)
     ode    s = 0, no density

@@ -84,11 +84,12 @@ class Chain:
 
 
 class Shifts(nn.Module):
-    """What is learned: one number per step, added to the exact prediction."""
+    """What is learned: one number per step, added to the exact prediction; and a fixed slope."""
 
     def __init__(self, count):
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(count, dtype=torch.float64))
+        self.slope = nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)
 
 
 class ChainPolicy(DiffusionPolicy):
@@ -116,6 +117,7 @@ class ChainPolicy(DiffusionPolicy):
             table[index].view(-1, 1, 1, 1)
             for table in (self.chain.signal, self.chain.noise, self.denoiser.shift)
         )
+        shift = shift + self.denoiser.slope * latents
         scaled = (latents - s * MEAN) / (s**2 * VARIANCE + n**2)
         clean = MEAN + s * VARIANCE * scaled
         return n * scaled + shift if self.kind == "ddim" else n * scaled - clean + shift

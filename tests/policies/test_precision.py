@@ -7,7 +7,7 @@ from torch import nn
 from lit_align.functional.noise import keyed_generator, randn
 from lit_align.rewards import Colorfulness
 from lit_align.schedulers import StochasticFlowMatch
-from tests.algorithms.harness import fit, make_ddpo
+from tests.algorithms.harness import METHODS, Recorder, fit, make_ddpo, make_method, weights
 from tests.conftest import tiny_pipeline, tiny_policy
 
 RATIO_ATOL = 1e-2
@@ -136,3 +136,19 @@ def test_reference_follows_the_trained_weights_to_16_bits():
     trained = policy.predict(latents, timesteps, conditioning, 1.0)
     with policy.reference():
         assert torch.equal(policy.predict(latents, timesteps, conditioning, 1.0), trained)
+
+
+@FAMILIES
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("DDPO", "TDPO")])
+def test_methods_train_under_bfloat16_autocast(name, family):
+    """Finite and moving weights, rewards and their gradients in float32."""
+    reward = Witness()
+    module = make_method(name, family, reward=reward, num_inference_steps=3, lr=1e-3)
+    before = weights(module, True)
+    recorder = Recorder()
+    fit(module, precision="bf16-mixed", callbacks=[recorder])
+    assert reward.seen == {torch.float32}
+    assert all(g.isfinite().all() for gradients in recorder.gradients for g in gradients.values())
+    after = weights(module, True)
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(value, before[key]) for key, value in after.items())
