@@ -80,7 +80,8 @@ _COUNTERS = ("reward_queries", "gradient_queries", "denoiser_calls")
 def validation_rows(metrics: Path) -> list[dict[str, float]]:
     """Return counters and `val/...` of the rows of a `metrics.csv` that hold a validation.
 
-    Only those have a value of `val/reward/<name>`; other columns may miss from them, and are NaN.
+    Only those have a value of `val/reward/<name>`; other columns may miss from them, and are NaN,
+    or 0 if they count.
     """
     rows = read_metrics(metrics)
     known = list(rows[0]) if rows else []
@@ -88,7 +89,7 @@ def validation_rows(metrics: Path) -> list[dict[str, float]]:
     counters = [name for name in _COUNTERS if name in known]
     rewards = [name for name in names if name.startswith("val/reward/")]
     return [
-        {name: float(row[name] or "nan") for name in (*counters, *names)}
+        {n: float(row[n] or 0) for n in counters} | {n: float(row[n] or "nan") for n in names}
         for row in rows
         if any(row[name] for name in rewards)
     ]

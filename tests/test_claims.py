@@ -1,4 +1,4 @@
-"""The claims of the tables, run again: `pytest -m slow`, about two hours on two CPU cores."""
+"""The claims of the tables, run again: `pytest -m slow -n 0`, about two hours on two CPU cores."""
 
 import statistics
 from pathlib import Path

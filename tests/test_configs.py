@@ -28,10 +28,7 @@ def ids(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_configuration_parses_and_is_complete(path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", str(path), "--print_config"])
-    assert stop.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
+    printed = parsed(path, capsys)
     assert printed["model"]["class_path"]
     assert printed["data"]["class_path"]
     assert printed["name"] != "run", "give the run a name"
@@ -69,10 +66,13 @@ def test_configuration_for_the_shapes_world_trains_on_one_batch(path):
     )
 
 
-def parsed(path, capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", str(path), "--print_config"])
-    return yaml.safe_load(capsys.readouterr().out)
+def parsed(path, capsys, known={}):  # noqa: B006 - parsing takes seconds: once per file
+    if path not in known:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", str(path), "--print_config"])
+        assert stop.value.code == 0
+        known[path] = capsys.readouterr().out
+    return yaml.safe_load(known[path])
 
 
 def plans_of(options):

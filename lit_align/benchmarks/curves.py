@@ -13,6 +13,7 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 from jsonargparse import auto_cli
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -65,13 +66,26 @@ def curves(
             _draw_run(axis, seeds, x, measure, colors[number], _title(runs, name))
         axis.set_xlabel(_TITLES.get(x, x.replace("_", " ")))
         axis.set_title(_TITLES.get(measure, f"gain of {measure} / base std"), fontsize=10)
-        axis.set_xlim(right=x_max)
+        _frame(axis, x_max, logarithmic=measure == "kl")
         axis.grid(alpha=0.2)
     for axis in axes[len(y) :]:
         axis.remove()
     axes[0].legend(fontsize=7)
     figure.savefig(output)
     print(f"Wrote {output}")
+
+
+def _frame(axis: Axes, x_max: float | None, logarithmic: bool) -> None:
+    """End the axis at `x_max`, and let the other show what lies before it."""
+    if logarithmic:
+        axis.set_yscale("symlog", linthresh=1)
+    if x_max is None:
+        return
+    points = [p for line in axis.lines for p in np.asarray(line.get_xydata()) if p[0] <= x_max]
+    low, high = (f(p[1] for p in points) for f in (min, max))
+    margin = 0.05 * (high - low)
+    axis.set_xlim(right=x_max)
+    axis.set_ylim(low - (0 if logarithmic else margin), high + margin)
 
 
 def _title(runs: str, name: str) -> str:

@@ -25,10 +25,17 @@ UPDATES = {  # a round's steps x samples / minibatch, of two tasks each with one
 UNREAD = "transformer_blocks.1.attn.add_q_proj"
 
 POLICY_GRADIENTS = ("DDPO", "TDPO", "LargeScaleRL")
-all_methods = pytest.mark.parametrize("name", METHODS)
-all_cases = pytest.mark.parametrize(
-    ("family", "train", "steps"), [("sd", "lora", 2), ("sd3", "full", 3)]
-)
+CASES = [("sd", "lora", 2), ("sd3", "full", 3)]
+
+
+def cases(names):
+    """Return both cases for each policy gradient, and for the other methods one or the other."""
+    both = [(name, *case) for name in names if name in POLICY_GRADIENTS for case in CASES]
+    others = [name for name in names if name not in POLICY_GRADIENTS]
+    return [*both, *((name, *CASES[number % 2]) for number, name in enumerate(others))]
+
+
+all_methods = pytest.mark.parametrize(("name", "family", "train", "steps"), cases(METHODS))
 
 
 def test_every_method_is_here():
@@ -160,7 +167,6 @@ def test_order_of_minibatches_leaves_the_accumulated_gradient_unchanged(name, up
 
 
 @all_methods
-@all_cases
 def test_same_seed_same_run_and_global_randomness_plays_no_part(name, family, train, steps):
     runs = []
     for noise in (1, 2):
@@ -175,7 +181,6 @@ def test_same_seed_same_run_and_global_randomness_plays_no_part(name, family, tr
 
 
 @all_methods
-@all_cases
 def test_checkpoint_round_trip(name, family, train, steps, tmp_path):
     """A round from the file of an earlier one is what followed there."""
 

@@ -113,6 +113,26 @@ def test_committed_runs_at_equal_gain(method, levels, only, checkpoints, capsys)
     assert capsys.readouterr().out in (folder / "README.md").read_text()
 
 
+TDPO_RUNS = ROOT / "configs" / "tdpo" / "runs.yaml"
+MEASURES = ("diversity", "vendi", "kl")
+FOLLOWED = [  # the tables of reward gradients, and what they were made with
+    ((0.5, 1.0, 1.5), "refl draft-1 draft-lv draft-4 alignprop drtune nabla nabla_beta3000 adjoint "
+     "tdpo:ddpo_colorfulness tdpo:tdpo-r_colorfulness", (*MEASURES, "denoiser_calls")),
+    ((0.05, 0.1), "draft-1_clip nabla_clip adjoint_clip tdpo:ddpo_clip",
+     (*MEASURES, "denoiser_calls")),
+    ((1.0, 2.0), "draft-1 draft-4 draft-8 drtune_full drtune drtune_early nabla_beta300 nabla "
+     "nabla_beta3000 adjoint_lambda300 adjoint adjoint_lambda3000", MEASURES),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("levels", "names", "measures"), FOLLOWED)
+def test_committed_reward_gradients_at_equal_gain(levels, names, measures, capsys):
+    folder = ROOT / "configs" / "reward_gradient"
+    runs = [name.replace("tdpo:", f"{TDPO_RUNS}:") for name in names.split()]
+    matched.matched(str(folder / "runs.yaml"), levels, names=runs, measures=measures)
+    assert capsys.readouterr().out in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("table", ["fairness", "tasks"])
 def test_committed_outcomes(table, capsys):
     folder = ROOT / "configs" / "large_scale_rl"

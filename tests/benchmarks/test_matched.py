@@ -40,3 +40,18 @@ def test_runs_at_equal_gain_by_hand(capsys):
     assert cells(one) == ["a", "1", "8 ± 4", "-0.08 ± 0.04", "0.075 ± 0.035", "+0.075 ± 0.035"]
     assert cells(four) == ["a", "4", "20 (1 of 2)", "-0.20 (1 of 2)", "0.200 (1 of 2)",
                            "+0.200 (1 of 2)"]  # fmt: skip
+
+
+def test_measures_and_runs_of_another_list(capsys):
+    counted = ("reward_queries", "denoiser_calls", *COLUMNS[1:], "val/kl")
+    for folder in (".", "other"):
+        Path(folder, "results").mkdir(parents=True)
+        runs = {"seeds": [0], "runs": {"a": {"config": "x"}}}
+        Path(folder, "runs.yaml").write_text(yaml.safe_dump(runs))
+    rows = [(10 * k, 80 * k, 5 + 2 * k, 1, 2, 4, 0, 0, 7.5 * k) for k in range(3)]
+    write("other/results/a_seed0.csv", counted, rows)
+    names, measures = ["a", "other/runs.yaml:a"], ("kl", "denoiser_calls")
+    matched("runs.yaml", levels=(1.5,), names=names, measures=measures)
+    header, _, row = capsys.readouterr().out.splitlines()
+    assert cells(header) == ["run", "gain", "reward queries", "h", "FID", "kl", "denoiser calls"]
+    assert cells(row) == ["a", "1.5", "15", "+0.00", "0.000", "11.2", "120"]
