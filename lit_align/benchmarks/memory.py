@@ -155,10 +155,13 @@ def _stand_ins(policy: Any, skipping: bool) -> Iterator[None]:
         called = torch.is_grad_enabled() or not skipping
         return predict(latents, *args, **options) if called else torch.empty_like(latents)
 
+    def scored(module: Any, images: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return images[:, 0, 0, 0], images.detach()
+
     stand_ins: dict[str, Any] = {
         "torch.nn.functional.scaled_dot_product_attention": lambda q, k, v, **_: fused(q, k, v)[0],
         "torch.autocast": lambda *_, **__: nullcontext(),
-        "lit_align.algorithms.pixels.pixel_gradient": lambda _, x, *__: (x[:, 0, 0, 0], x.detach()),
+        "lit_align.algorithms.pixels.pixel_gradient": scored,
     }
     with ExitStack() as stack:
         if policy.device.type == "meta":
