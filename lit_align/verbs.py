@@ -165,7 +165,10 @@ def export(
     """
     module = load_module(ckpt_path, weights)
     if lora_scale != 1:
-        assert isinstance(module, AlignmentModule)
+        if not isinstance(module, AlignmentModule):
+            raise ValueError(
+                f"`lora_scale` is for LoRA adapters, {type(module).__name__} has none."
+            )
         scale_lora(module.policy.denoiser, lora_scale)
     if not callable(save := getattr(module, "save_pretrained", None)):
         raise ValueError(f"{type(module).__name__} has no `save_pretrained`.")

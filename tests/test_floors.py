@@ -100,7 +100,16 @@ def test_a_broken_floor_is_seen(tmp_path, folder, line):
 
 
 # What algorithms share beside their bases.
-PLUMBING = ("checkpoint", "denoising", "pixels", "precision", "rollout", "sharding", "tasks")
+PLUMBING = (
+    "checkpoint",
+    "choices",
+    "denoising",
+    "pixels",
+    "precision",
+    "rollout",
+    "sharding",
+    "tasks",
+)
 ABSTRACT = ("base", "rounds", "online", "reward_gradient")
 
 

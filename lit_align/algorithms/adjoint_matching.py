@@ -28,13 +28,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.online import Logs, OnlineModule
-from lit_align.algorithms.pixels import PixelGrad, check_choice, latent_gradient
+from lit_align.algorithms.pixels import PixelGrad, latent_gradient
 from lit_align.data.planner import RoundPlan
 from lit_align.functional.gaussian import per_sample
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import Trajectory, Transition
+
+AdjointIndex = Literal["next", "same"]
 
 
 def control_loss(gap: Tensor, std: Tensor, adjoint: Tensor, bound: float | None) -> Tensor:
@@ -82,7 +85,7 @@ class AdjointMatching(OnlineModule):
         early_steps: int = 2,
         late_steps: int = 2,
         lct_constant: float | None = None,
-        adjoint_index: Literal["next", "same"] = "next",
+        adjoint_index: AdjointIndex = "next",
         lr: float = 3e-6,
         weight_decay: float = 0.0,
         guidance_scale: float = 7.5,
@@ -96,6 +99,7 @@ class AdjointMatching(OnlineModule):
             advantage_norm="batch", advantage_eps=None, std_unbiased=None, adv_clip_max=None,
             buffer_size=1, min_count=1, **options,
         )  # fmt: skip
+        check_choice("adjoint_index", adjoint_index, AdjointIndex)
         check_choice("pixel_grad", pixel_grad, PixelGrad)
         if not 0 < early_fraction < 1 or early_steps < 0 or late_steps < 1 or reward_scale < 0:
             raise ValueError(

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import torch
 
-from lit_align.algorithms.pixels import check_choice
+from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.reward_gradient import Drawn, RewardGradientModule
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule

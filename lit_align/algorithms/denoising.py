@@ -6,9 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_align.data.image_text import PairStream
 from lit_align.functional.noise import keyed_generator, randn
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.trajectory import PairBatch
+
+
+def check_pairs(pairs: PairStream | None, needed: bool, setting: str) -> None:
+    """Check that there are image-text pairs if, and only if, there is a use for them.
+
+    Raises:
+        ValueError: If not, naming the `setting` ("option: value") that decides.
+    """
+    if (pairs is not None) != needed:
+        lack = "needs" if needed else "has no use for"
+        raise ValueError(
+            f"`{setting}` {lack} `data.init_args.pairs`, a data module of image-text pairs; add or "
+            f"remove them, or change `{setting.partition(':')[0]}`."
+        )
 
 
 def denoising_loss(policy: DiffusionPolicy, pairs: PairBatch, seed: int) -> Tensor:

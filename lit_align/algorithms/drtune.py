@@ -7,7 +7,7 @@
     L = -reward(decode(x0), prompt)
 
 As no gradient flows into the network's input, that of x_T is a plain weighted sum over S, which
-neither explodes nor needs more memory than one call: each is checkpointed.
+does not explode; each call is checkpointed, so that memory does not grow with K.
 
 Deviations:
     1. Which steps have a gradient may also be the last K, K at random, or a list, as in the video
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from lit_align.algorithms.pixels import check_choice
+from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.reward_gradient import Drawn, RewardGradientModule
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule

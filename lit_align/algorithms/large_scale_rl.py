@@ -25,9 +25,9 @@ from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
 
-from lit_align.algorithms.denoising import denoising_loss
+from lit_align.algorithms.denoising import check_pairs, denoising_loss
 from lit_align.algorithms.online import Logs, OnlineModule
-from lit_align.algorithms.tasks import Task, chain_tasks, check_pairs
+from lit_align.algorithms.tasks import Task, chain_tasks
 from lit_align.data.image_text import PairStream
 from lit_align.data.planner import MinibatchOrder, RoundPlan, StepChoice
 from lit_align.functional.advantages import AdvantageNorm
@@ -173,7 +173,7 @@ class LargeScaleRL(OnlineModule):
 
     def experience(self, loader: Any, pairs: PairStream | None = None) -> Any:
         """Return the loader of minibatches over prompts, by task, and pairs."""
-        check_pairs(pairs, self.pretraining)
+        check_pairs(pairs, self.pretraining != "none", f"pretraining: {self.pretraining}")
         self.pairs = pairs
         return super().experience(loader)
 

@@ -11,18 +11,16 @@ gradients of its balance, divided by that of the pretrained chain, leaves with P
     trust      L_R = |out_theta(x) - out_old(x)|^2, old being the policy that sampled
     L = L_F + backward_weight L_B + L_T + trust_region_weight L_R
 
-with x0_theta(x) the clean latents that the network's output at x implies, g a learned correction
-(without it only L_F and L_R remain), gamma the share of signal at x.
+with x0_theta(x) the clean latents that the network's output at x implies, gamma the share of signal
+at x and g a learned correction, without which only L_F and L_R remain.
 
 Deviations:
-    1. Losses are means over elements. L_B trains g only, as in the official code, unless
+    1. Losses are means over elements. L_B trains only g, as in the official code, unless
        `backward_trains_policy`, which needs second derivatives of the network.
     2. gamma is 1 at the last state, where the flow is known; the official code leaves abar there.
     3. The strata that steps are drawn from leave the last step out, which is taken anyway.
-    4. Not copied from the official code: scores with another batch's prompts, two optimiser steps
-       per update in 16 bits, samples one epoch old.
-    5. A flow-matching sampler's last step adds no noise: its chain ends before, at the reward of
-       the clean latents implied there.
+    4. Not copied: other batches' prompts, old samples, two optimiser steps in 16-bit updates.
+    5. In flow matching, where the last step adds no noise, the chain ends before it.
 """
 
 from __future__ import annotations
@@ -33,6 +31,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.online import Logs, OnlineModule
 from lit_align.algorithms.pixels import PixelGrad, latent_gradient, log_prob_gradient
 from lit_align.data.planner import RoundPlan, strata
@@ -41,6 +40,7 @@ from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import Trajectory, Transition
 
+LossWeighting = Literal["none", "variance"]
 GammaMode = Literal["alpha_bar", "sqrt", "one"]
 
 
@@ -76,7 +76,7 @@ class NablaGFlowNet(OnlineModule):
         reward: RewardModule | None = None,
         eval_rewards: dict[str, RewardModule] | None = None,
         reward_scale: float = 1e3,
-        loss_weighting: Literal["none", "variance"] = "none",
+        loss_weighting: LossWeighting = "none",
         gamma_mode: GammaMode = "alpha_bar",
         flow_correction: nn.Module | None = None,
         lr: float = 1e-3,
@@ -96,6 +96,9 @@ class NablaGFlowNet(OnlineModule):
             drop_last_step=False, advantage_norm="batch", advantage_eps=None, std_unbiased=None,
             adv_clip_max=None, buffer_size=1, min_count=1, **options,
         )  # fmt: skip
+        check_choice("loss_weighting", loss_weighting, LossWeighting)
+        check_choice("gamma_mode", gamma_mode, GammaMode)
+        check_choice("pixel_grad", pixel_grad, PixelGrad)
         if min(weights := (reward_scale, trust_region_weight, backward_weight)) < 0:
             names = "`reward_scale`, `trust_region_weight` and `backward_weight`"
             raise ValueError(f"{names} must be at least 0, got {weights}.")
@@ -128,7 +131,7 @@ class NablaGFlowNet(OnlineModule):
         self._count(minibatch.guidance_scale, len(minibatch))
         gap = (step.mean - base.mean) / per_sample(step.std.square(), step.mean)
         inner = correction.detach() if self.detach_flow else correction
-        weight = step.std.square() if self.variance_weighted else torch.ones_like(step.std)
+        weight = step.std.square() if self.variance_weighted else 1.0
         loss = weight * mean_square(gap - target - inner.where(~last, 0.0))
         logs = {"train/forward_loss": loss.mean()}
         if self.trust_region_weight > 0:
@@ -161,16 +164,15 @@ class NablaGFlowNet(OnlineModule):
             return states.where(final, scheduler.step(output, times, states).pred_original)
 
         assert minibatch.batch is not None
-        options = (self.decode_batch_size, self.pixel_grad, clean)
-        gradient = latent_gradient(self, latents, minibatch.batch, *options)
+        decoding = (self.decode_batch_size, self.pixel_grad, clean)
+        gradient = latent_gradient(self, latents, minibatch.batch, *decoding)
         self._count(minibatch.guidance_scale, len(minibatch))
         exponent = {"alpha_bar": 2, "sqrt": 1, "one": 0}[self.gamma_mode]
         gamma = (scheduler.signal_levels[index] ** exponent).where(~last, 1.0)
         target = self.reward_scale * per_sample(gamma, latents) * gradient
         correction = torch.zeros_like(latents)
         if self.flow_correction is not None:
-            prompts = minibatch.conditioning["prompt_embeds"]
-            at = times.where(index < steps, torch.zeros_like(times))
+            at, prompts = times * (index < steps), minibatch.conditioning["prompt_embeds"]
             correction = self.flow_correction(latents, at, prompts)
         return target, correction, per_sample(last, latents)
 
@@ -191,8 +193,8 @@ class NablaGFlowNet(OnlineModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over one group for the policy, and one for g if there is one."""
-        policy = {"params": [p for p in self.policy.parameters() if p.requires_grad]}
         if self.flow_correction is None:
-            return self.adamw([policy])
-        flow = {"params": list(self.flow_correction.parameters()), "lr": self.lr_flow}
-        return self.adamw([policy, {**flow, "weight_decay": self.flow_weight_decay}])
+            return super().configure_optimizers()
+        policy = {"params": [p for p in self.policy.parameters() if p.requires_grad]}
+        flow = {"lr": self.lr_flow, "weight_decay": self.flow_weight_decay}
+        return self.adamw([policy, {**flow, "params": list(self.flow_correction.parameters())}])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,17 +18,6 @@ from lit_align.rewards.scoring import RewardError
 from lit_align.trajectory import PromptBatch, Transition
 
 PixelGrad = Literal["clamped", "straight_through"]
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Check an option that is one of several words.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    if value not in get_args(choices):
-        words = ", ".join(map(repr, get_args(choices)))
-        raise ValueError(f"`{name}` must be one of {words}, got {value!r}.")
 
 
 def decode_pixels(

@@ -14,14 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.denoising import denoising_loss
-from lit_align.algorithms.pixels import (
-    PixelGrad,
-    check_choice,
-    decode_pixels,
-    pixel_gradient,
-    saturated,
-)
+from lit_align.algorithms.choices import check_choice
+from lit_align.algorithms.denoising import check_pairs, denoising_loss
+from lit_align.algorithms.pixels import PixelGrad, decode_pixels, pixel_gradient, saturated
 from lit_align.algorithms.rounds import Logs, RoundModule
 from lit_align.data.experience import ExperienceLoader
 from lit_align.data.image_text import PairStream
@@ -30,7 +25,7 @@ from lit_align.functional.noise import keyed_generator, sample_generators
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.policies.sampling import CFGGrad, with_checkpoint
 from lit_align.rewards.base import RewardModule
-from lit_align.rewards.scoring import RewardError
+from lit_align.rewards.scoring import check_invalid
 from lit_align.trajectory import PromptBatch, PromptMinibatch, Trajectory
 
 
@@ -199,13 +194,8 @@ class RewardGradientModule(RoundModule, ABC):
         known = self._invalid[1] if self._invalid[0] == round_index else 0
         self._invalid = (round_index, known + count)
         self._round_logs["rollout/invalid"] = float(known + count)
-        if known + count > self.max_invalid_fraction * self.plan.samples:
-            raise RewardError(
-                f"{self.reward_name} could not score {known + count} of the round's "
-                f"{self.plan.samples} images of this process, more than `max_invalid_fraction` "
-                f"({self.max_invalid_fraction}) allows; repair the reward, or raise the limit if "
-                "so many NaN are expected."
-            )
+        limit = self.max_invalid_fraction
+        check_invalid(self.reward_name, known + count, self.plan.samples, limit)
 
     def collect(self, batch: PromptBatch, round_index: int) -> PromptBatch:
         """Return the prompts: samples are drawn when their minibatch's turn comes."""
@@ -250,17 +240,9 @@ class RewardGradientModule(RoundModule, ABC):
             self.plan.check(self.trainer.accumulate_grad_batches)
 
     def experience(self, loader: Any, pairs: PairStream | None = None) -> Any:
-        """Return the loader of minibatches over prompts, and pairs.
-
-        Raises:
-            ValueError: If there are pairs without use for them, or a use without pairs.
-        """
-        if (pairs is None) == (self.pretraining_beta > 0):
-            lack = "needs" if pairs is None else "has no use for"
-            raise ValueError(
-                f"`pretraining_beta: {self.pretraining_beta}` {lack} `data.init_args.pairs`, a "
-                "data module of image-text pairs; add or remove them, or change the weight."
-            )
+        """Return the loader of minibatches over prompts, and pairs."""
+        setting = f"pretraining_beta: {self.pretraining_beta}"
+        check_pairs(pairs, self.pretraining_beta > 0, setting)
         self.pairs = pairs
         return super().experience(loader)
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_align.rewards.scoring import RewardError, in_thread
+from lit_align.rewards.scoring import check_invalid, in_thread
 from lit_align.trajectory import PromptBatch, Trajectory
 
 if TYPE_CHECKING:
@@ -66,12 +66,7 @@ def _check_rewards(module: OnlineModule, rewards: Tensor) -> dict[str, float]:
     name, everywhere = module.reward_name, module.gathered(rewards)
     valid = everywhere[~everywhere.isnan()]
     invalid = len(everywhere) - len(valid)
-    if invalid > module.max_invalid_fraction * len(everywhere):
-        raise RewardError(
-            f"{name} could not score {invalid} of the round's {len(everywhere)} images, more than "
-            f"`max_invalid_fraction` ({module.max_invalid_fraction}) allows; repair the reward, or "
-            "raise the limit if so many NaN are expected."
-        )
+    check_invalid(name, invalid, len(everywhere), module.max_invalid_fraction)
     return {
         f"rollout/reward/{name}": float(valid.mean()),
         f"rollout/reward_std/{name}": float(valid.std(correction=0)),

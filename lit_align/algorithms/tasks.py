@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lit_align.data.experience import ChainedLoader, ExperienceLoader
-from lit_align.data.image_text import PairStream
 from lit_align.data.planner import RoundPlan
 from lit_align.functional.advantages import AdvantageNorm
 from lit_align.rewards.base import RewardModule
@@ -84,20 +83,6 @@ class TaskRounds:
         """Cut the task's round."""
         self.module.begin(self.name)
         yield from self.module.minibatches(trajectory, round_index)
-
-
-def check_pairs(pairs: PairStream | None, pretraining: str) -> None:
-    """Check that there are image-text pairs if, and only if, there is a use for them.
-
-    Raises:
-        ValueError: If not.
-    """
-    if (pairs is None) != (pretraining == "none"):
-        lack = "needs" if pairs is None else "has no use for"
-        raise ValueError(
-            f"`pretraining: {pretraining}` {lack} `data.init_args.pairs`, a data module of "
-            "image-text pairs; add or remove them, or change `pretraining`."
-        )
 
 
 def chain_tasks(

@@ -67,8 +67,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "AdjointMatching": algorithms.AdjointMatching,
 }
 WITHOUT_K = ("ReFL", "NablaGFlowNet", "AdjointMatching")
-# And the K of each; beyond them the large ones go on in straight lines.
-NETWORKS = {"shapes-sd": (1, 2, 4, 8), "SD 1.5": (1, 2, 5, 10)}
+# And the K of each.
+NETWORKS = {"shapes-sd": (1, 2, 4, 8), "SD 1.5": (1, 2, 5, 10, 25, 50)}
 NETWORKS["SD3 medium"] = NETWORKS["SD 1.5"]
 Rows = list[dict[str, Any]]
 

@@ -71,6 +71,20 @@ def check_background(reward: RewardModule) -> None:
         )
 
 
+def check_invalid(name: str, invalid: int, total: int, max_invalid_fraction: float) -> None:
+    """Check that few enough of a round's images could not be scored.
+
+    Raises:
+        RewardError: If there are more than `max_invalid_fraction` of them.
+    """
+    if invalid > max_invalid_fraction * total:
+        raise RewardError(
+            f"{name} could not score {invalid} of the round's {total} images, more than "
+            f"`max_invalid_fraction` ({max_invalid_fraction}) allows; repair the reward, or "
+            "raise the limit if so many NaN are expected."
+        )
+
+
 def check_differentiable(reward: RewardModule, method: str) -> None:
     """Check that a reward has a gradient, image by image.
 

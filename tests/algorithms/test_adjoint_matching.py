@@ -207,6 +207,12 @@ def test_bad_options_are_refused(options):
         make(**options)
 
 
+@pytest.mark.parametrize("name", ["adjoint_index", "pixel_grad"])
+def test_unknown_choices_are_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of .* got 'middle'"):
+        make(**{name: "middle"})
+
+
 @both_kinds
 def test_training_reaches_the_tilted_mean(kind):
     # The tilt of N(m, v) by exp(lambda c x) has the mean m + lambda c v.

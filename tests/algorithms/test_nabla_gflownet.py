@@ -67,6 +67,16 @@ def test_the_toy_takes_the_schedulers_steps(kind):
     torch.testing.assert_close(step.std, chain.std[noisy], rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_weighting": "std"}, {"gamma_mode": "linear"}, {"pixel_grad": "straight-through"}],
+)
+def test_unknown_choices_are_refused(options):
+    (name, value), = options.items()  # fmt: skip
+    with pytest.raises(ValueError, match=f"`{name}` must be one of .* got '{value}'"):
+        make(**options)
+
+
 @both_kinds
 def test_without_a_reward_scale_the_pretrained_model_is_optimal(kind):
     module = make(kind, reward_scale=0.0, trust_region_weight=1e3)
