@@ -2,6 +2,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# Also in the processes that tests start: two of them with two threads each wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import socket
 from pathlib import Path
