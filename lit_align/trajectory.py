@@ -151,8 +151,8 @@ class Trajectory(Record):
         rewards: [B] float32, NaN where an image could not be scored.
         advantages: [B] float32, or [B, T] if every step has its own.
         weights: As the advantages; 0 for what must not count in the loss.
-        predicted: [B, T, ...] clean latents that each step's network output implies, if kept.
-        extras: What a method adds, each [B, T, ...]; of each step it is the transition's.
+        extras: What a method adds or has kept of its steps, each [B, T, ...]; of each step it is
+            the transition's.
     """
 
     latents: Tensor
@@ -166,7 +166,6 @@ class Trajectory(Record):
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     weights: Tensor | None = None
-    predicted: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     @property

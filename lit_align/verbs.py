@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +12,13 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 
 from lit_align.algorithms.base import AlignmentModule
+from lit_align.algorithms.schedule_learning import ScheduleModule
 from lit_align.callbacks.ema import stored_average
 from lit_align.checkpoint_io import read_checkpoint
 from lit_align.data.prompts import PromptFile
 from lit_align.policies.adapters import LORA_FILE, scale_lora
 from lit_align.policies.base import DiffusionPolicy
+from lit_align.policies.learned_schedule import LearnedSchedule
 from lit_align.rewards.base import uint8_images
 
 Weights = Literal["trained", "ema"]
@@ -63,6 +66,8 @@ def generate(
     seed: int = 42,
     weights: Weights = "trained",
     lora_scale: float = 1.0,
+    image_size: int | None = None,
+    schedule: str | None = None,
 ) -> None:
     """Sample images from a checkpoint, or from a pipeline with or without a LoRA.
 
@@ -82,44 +87,100 @@ def generate(
         weights: Of the checkpoint: "trained", or "ema" for the average that AdapterEMA kept.
         lora_scale: Share of the adapters' change; less than 1 goes back towards the pretrained
             model, which undoes over-optimisation in part (arXiv:2309.17400).
+        image_size: Side of the images of `pretrained` in pixels; by default the model's own. The
+            images of a checkpoint have the size they had in training.
+        schedule: A checkpoint of TPDM, or the folder that it was exported to, whose steps and
+            guidance are taken, with its own policy or on top of `ckpt_path` or `pretrained`.
     """
-    policy, default_steps, default_guidance = _open_policy(ckpt_path, pretrained, lora, weights)
+    opened = _open(ckpt_path, pretrained, lora, weights, image_size, schedule)
+    policy, default_steps, default_guidance, learned = opened
     if lora_scale != 1:
         scale_lora(policy.denoiser, lora_scale)
+    guidance_scale = default_guidance if guidance_scale is None else guidance_scale
+    sampling = (num_inference_steps or default_steps, guidance_scale, learned)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(_read_prompts(prompts)):
-        images = sample_images(
-            policy,
-            [prompt] * images_per_prompt,
-            [seed + k for k in range(images_per_prompt)],
-            num_inference_steps or default_steps,
-            default_guidance if guidance_scale is None else guidance_scale,
-        )
-        for k, pixels in enumerate(uint8_images(images)):
-            Image.fromarray(pixels.numpy()).save(folder / f"{number:04d}_{k}.png")
-    print(f"Wrote {folder}/")
+        seeds = [seed + k for k in range(images_per_prompt)]
+        images = sample_images(policy, [prompt] * images_per_prompt, seeds, *sampling)
+        _write_images(images, Path(output), number)
+    print(f"Wrote {output}/")
+
+
+def _write_images(images: torch.Tensor, folder: Path, number: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, pixels in enumerate(uint8_images(images)):
+        Image.fromarray(pixels.numpy()).save(folder / f"{number:04d}_{k}.png")
+
+
+Opened = tuple[DiffusionPolicy, int, float, LearnedSchedule | None]
+
+
+def _open(
+    ckpt_path: str | None,
+    pretrained: str | None,
+    lora: str | None,
+    weights: Weights,
+    image_size: int | None,
+    schedule: str | None,
+) -> Opened:
+    """Return a policy with its default number of steps and guidance scale, and its schedule."""
+    if ckpt_path is None and pretrained is None and Path(schedule or "").is_file():
+        ckpt_path = schedule
+    opened = _open_policy(ckpt_path, pretrained, lora, weights, image_size)
+    if schedule in (None, ckpt_path):
+        return opened
+    assert schedule is not None
+    learned = open_schedule(schedule)
+    learned.check_fits(opened[0])
+    return opened[0], learned.max_steps, learned.guidance_scale, learned
 
 
 def _open_policy(
-    ckpt_path: str | None, pretrained: str | None, lora: str | None, weights: Weights
-) -> tuple[DiffusionPolicy, int, float]:
-    """Return a policy with its default number of steps and guidance scale."""
+    ckpt_path: str | None,
+    pretrained: str | None,
+    lora: str | None,
+    weights: Weights,
+    image_size: int | None,
+) -> Opened:
+    """Return the policy alone, and the schedule only of a checkpoint that holds one."""
     if (ckpt_path is None) == (pretrained is None):
         raise ValueError("Give either `ckpt_path` or `pretrained`.")
     if weights == "ema" and ckpt_path is None:
         raise ValueError("`weights: ema` is for a `ckpt_path`; `pretrained` has no average.")
+    if image_size is not None and pretrained is None:
+        raise ValueError("`image_size` is for `pretrained`; a checkpoint has its own.")
     if pretrained is not None:
-        policy = DiffusionPolicy.from_pretrained(pretrained, train="none")
+        policy = DiffusionPolicy.from_pretrained(pretrained, train="none", image_size=image_size)
         if lora is not None:
             policy.pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
-        return policy, 20, 3.0
+        return policy, 20, 3.0, None
     assert ckpt_path is not None
     module = load_module(ckpt_path, weights)
     if not isinstance(module, AlignmentModule):
         raise ValueError(f"{ckpt_path!r} holds a {type(module).__name__}; `export` it first.")
-    return module.policy, module.eval_num_inference_steps, module.guidance_scale
+    learned = module.schedule if isinstance(module, ScheduleModule) else None
+    return module.policy, module.eval_num_inference_steps, module.guidance_scale, learned
+
+
+def open_schedule(path: str) -> LearnedSchedule:
+    """Return the schedule of a checkpoint, or of the folder that it was exported to.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If the checkpoint holds no schedule.
+    """
+    if Path(path).is_dir():
+        return LearnedSchedule.from_pretrained(path)
+    stored = read_checkpoint(path)
+    options = stored.get("lit_align", {}).get("schedule")
+    if options is None:
+        raise ValueError(
+            f"{path!r} holds no schedule; give a checkpoint of TPDM, or the folder that `export` "
+            "made of it."
+        )
+    prefix, state = "head.", stored["state_dict"]
+    tensors = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    return LearnedSchedule.from_tensors(options, tensors)
 
 
 @torch.no_grad()
@@ -129,15 +190,26 @@ def sample_images(
     seeds: list[int],
     num_inference_steps: int,
     guidance_scale: float,
+    schedule: LearnedSchedule | None = None,
 ) -> torch.Tensor:
-    """Return images [B, 3, H, W] in [0, 1] by the deterministic sampler, one seed each."""
-    trajectory = policy.sample(
-        policy.encode_prompt(prompts),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        stochastic_steps=(),
-    )
+    """Return images [B, 3, H, W] in [0, 1] by the deterministic sampler, one seed each.
+
+    With a learned schedule `num_inference_steps` is the most that an image may take.
+    """
+    conditioning = policy.encode_prompt(prompts)
+    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if schedule is None:
+        trajectory = policy.sample(
+            conditioning,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            stochastic_steps=(),
+        )
+    else:
+        schedule.head.to(policy.device)
+        schedule = replace(schedule, max_steps=num_inference_steps, guidance_scale=guidance_scale)
+        trajectory = schedule.sample(policy, conditioning, generator)
     return policy.decode(trajectory.latents[:, -1])
 
 
@@ -158,7 +230,8 @@ def export(
 
     Args:
         ckpt_path: A checkpoint written by `fit`.
-        output: Folder; it gets `pytorch_lora_weights.safetensors` or a full pipeline.
+        output: Folder; it gets `pytorch_lora_weights.safetensors`, a full pipeline, or a learned
+            schedule.
         dtype: Of the stored tensors.
         weights: "trained", or "ema" for the average that AdapterEMA kept.
         lora_scale: Share of the adapters' change, see `generate`.
@@ -174,7 +247,8 @@ def export(
         raise ValueError(f"{type(module).__name__} has no `save_pretrained`.")
     save(output, _DTYPES[dtype])
     if isinstance(module, AlignmentModule):
-        Path(output, "README.md").write_text(_card(module), encoding="utf-8")
+        card = _schedule_card if isinstance(module, ScheduleModule) else _card
+        Path(output, "README.md").write_text(card(module), encoding="utf-8")
     print(f"Wrote {output}/")
 
 
@@ -182,6 +256,11 @@ def _card(module: AlignmentModule) -> str:
     policy = module.policy
     family = type(policy.pipeline).__name__
     base = policy.pretrained
+    call = {
+        "num_inference_steps": module.eval_num_inference_steps,
+        "guidance_scale": module.guidance_scale,
+        **policy.call_options,
+    }
     load = (
         f'pipe = {family}.from_pretrained("{base}")\npipe.load_lora_weights("path/of/this/folder")'
         if policy.train_mode == "lora"
@@ -202,7 +281,31 @@ Rewarded by {", ".join(module.rewards)[:200]}.
 from diffusers import {family}
 
 {load}
-image = pipe("a prompt", num_inference_steps={module.eval_num_inference_steps}, \
-guidance_scale={module.guidance_scale}).images[0]
+image = pipe("a prompt", {", ".join(f"{name}={value}" for name, value in call.items())}).images[0]
+```
+"""
+
+
+def _schedule_card(module: AlignmentModule) -> str:
+    assert isinstance(module, ScheduleModule)
+    schedule, base, family = module.schedule, module.policy.pretrained, module.schedule.pipeline
+    return f"""# A sampling schedule of {base}, learned by {type(module).__name__}
+
+Rewarded by {", ".join(module.rewards)[:200]}. Every image takes its own number of steps.
+
+| | |
+|---|---|
+| base | {base} |
+| most steps | {schedule.max_steps} |
+| finished below noise level | {schedule.t_min} |
+| guidance scale | {schedule.guidance_scale} |
+
+```python
+from diffusers import {family}
+from lit_align.policies import LearnedSchedule
+
+pipe = {family}.from_pretrained("{base}")
+schedule = LearnedSchedule.from_pretrained("path/of/this/folder")
+image = schedule(pipe, "a prompt")[0]
 ```
 """

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from lit_align.policies import SD3Policy, StableDiffusionPolicy
-from lit_align.policies.blueprints import build_shapes_sd, build_shapes_sd3
+from lit_align.policies import FluxPolicy, SD3Policy, StableDiffusionPolicy
+from lit_align.policies.blueprints import build_shapes_flux, build_shapes_sd, build_shapes_sd3
 
 # Results must not depend on how many cores there are, and the networks are too small to share.
 torch.set_num_threads(1)
@@ -56,10 +56,18 @@ def tiny_pipeline(family, prediction_type="epsilon"):
     torch.manual_seed(0)
     if family == "sd3":
         return build_shapes_sd3(layers=2, heads=2, head_width=8, text_width=16)
+    if family == "flux":
+        pipeline = build_shapes_flux(
+            layers=1, single_layers=1, heads=2, head_width=8, text_width=16
+        )
+        pipeline.vae.register_to_config(shift_factor=0.1)  # as the real one's is not zero
+        return pipeline
     return build_shapes_sd(widths=(8, 16), text_width=16, prediction_type=prediction_type)
 
 
 def tiny_policy(family, prediction_type="epsilon", **options):
-    """Return a policy over `tiny_pipeline`; `family` is "sd" or "sd3"."""
-    policy_class = {"sd": StableDiffusionPolicy, "sd3": SD3Policy}[family]
+    """Return a policy over `tiny_pipeline`; `family` is "sd", "sd3" or "flux"."""
+    policy_class = {"sd": StableDiffusionPolicy, "sd3": SD3Policy, "flux": FluxPolicy}[family]
+    if family == "flux":  # its network has no size
+        options = {"image_size": 32, **options}
     return policy_class(tiny_pipeline(family, prediction_type), **options)

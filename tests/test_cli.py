@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from lit_align.cli import main
@@ -14,6 +14,7 @@ from lit_align.policies.adapters import LORA_FILE
 from lit_align.policies.loading import ASSETS
 from lit_align.rewards.base import uint8_images
 from lit_align.verbs import export, generate, load_module, sample_images
+from tests.conftest import tiny_pipeline
 
 CONFIG = """
 seed_everything: 3
@@ -367,6 +368,39 @@ def test_exported_weights_draw_the_same_images_in_plain_diffusers(name, train):
     card = Path("exported", "README.md").read_text()
     assert "| steps | 3 |" in card
     assert family.__name__ in card
+
+
+def test_the_card_of_a_flux_of_another_size_draws_the_same_images():
+    tiny_pipeline("flux").save_pretrained("flux")
+    policy = "--model.init_args.policy.init_args"
+    words = [f"{policy}.pretrained", "flux", f"{policy}.image_size", "32"]
+    checkpoint = last_checkpoint(*words, "--model.init_args.lr", "1e-2",
+                                 "--model.init_args.guidance_scale", "3.5")  # fmt: skip
+    export(checkpoint, "exported")
+    card = Path("exported", "README.md").read_text()
+    call = card.partition('pipe("a prompt", ')[2].partition(").images")[0]
+    assert call == (
+        "num_inference_steps=3, guidance_scale=3.5, height=32, width=32, max_sequence_length=16"
+    )
+    pipe = FluxPipeline.from_pretrained("flux")
+    options = {k: float(v) if "." in v else int(v) for k, v in
+               (part.split("=") for part in call.split(", "))}  # fmt: skip
+    steps, guidance = options.pop("num_inference_steps"), options.pop("guidance_scale")
+    base = plain_images(pipe, steps, guidance, **options)
+    pipe.load_lora_weights("exported", weight_name=LORA_FILE)
+    expected = uint8_images(
+        sample_images(load_module(checkpoint).policy, PROMPTS, [7, 7], 3, 3.5)
+    ).int()
+    assert (plain_images(pipe, steps, guidance, **options) - expected).abs().max() <= 2
+    assert (base - expected).abs().max() > 2
+    # A LoRA remembers no size.
+    generate(PROMPTS, "small", pretrained="flux", lora="exported", num_inference_steps=3,
+             guidance_scale=3.5, image_size=32)  # fmt: skip
+    generate(PROMPTS, "trained", ckpt_path=checkpoint)
+    for path in Path("small").iterdir():
+        assert path.read_bytes() == Path("trained", path.name).read_bytes()
+    with pytest.raises(ValueError, match="`image_size` is for `pretrained`"):
+        generate(PROMPTS, "out", ckpt_path=checkpoint, image_size=32)
 
 
 def test_generate_writes_files_from_checkpoints_and_loras(capsys):

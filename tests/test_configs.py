@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 from lit_align.algorithms.tasks import Task
 from lit_align.cli import main
 from lit_align.data.planner import RoundPlan, strata
+from lit_align.data.prompts import PromptFile
 from lit_align.schedulers import StochasticDDIM
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +166,79 @@ def test_headers_of_reward_gradients_tell_the_arithmetic_of_a_round(path, capsys
     assert items % size == minibatches % accumulate == 0
     if accumulate > 1:
         assert f"(accumulate_grad_batches {accumulate})" in header
+
+
+FLOW = [
+    path
+    for path in CONFIGS
+    if path.parent.name in ("flow_grpo", "diffusion_nft", "awm", "tpdm")
+    and "shapes" not in path.name
+]
+
+
+def trained_steps(options):
+    """Return how many of its steps a sample is trained on, by flow matching."""
+    steps = options["num_inference_steps"]
+    if "gamma" in options:  # the schedule, as a whole
+        return 1
+    if "window" in options:  # the last step is without noise
+        window = options["window"]
+        return window["size"] if window else int((steps - 1) * options["timestep_fraction"])
+    return options.get("trained_times") or int(steps * options["timestep_fraction"])
+
+
+@pytest.mark.parametrize("path", FLOW, ids=ids)
+def test_headers_for_flow_matching_tell_the_arithmetic_of_a_round(path, capsys):
+    """On one GPU and on as many as the header names."""
+    printed = parsed(path, capsys)
+    options, trainer = printed["model"]["init_args"], printed["trainer"]
+    header = " ".join(
+        line[1:].strip() for line in path.read_text().partition("\nname:")[0].split("\n")
+    )
+    own = {field.name for field in dataclasses.fields(RoundPlan)} & set(options) - {"window"}
+    count = trained_steps(options)
+    given = {"minibatch_order": "sample_major", **{name: options[name] for name in own}}
+    plan = RoundPlan(steps=tuple(range(count)), trained_steps=count, **given)
+    plan.check(trainer["accumulate_grad_batches"])
+    updates = plan.minibatches // trainer["accumulate_grad_batches"]
+    samples, passes = f"{plan.samples:,}", plan.num_inner_epochs
+    what = f"{samples} images"
+    if count > 1:
+        what = f"{samples} samples x {count} (steps|times) = {plan.samples * count:,} pairs"
+    again = f", {passes} times" if passes > 1 else ""
+    minibatches = f"{plan.minibatches // passes:,} minibatches of {plan.minibatch_size}"
+    assert re.search(rf"A round is {what} in {minibatches}{again}: {updates} update", header)
+    assert f"(accumulate_grad_batches {trainer['accumulate_grad_batches']})" in header
+    worlds = re.findall(
+        r"[Oo]n (\d+)(?: GPUs)?[:,].*?accumulate_grad_batches (\d+).*?val_size (\d+)", header
+    )
+    assert worlds
+    for world_size, accumulate, val_size in (map(int, numbers) for numbers in worlds):
+        share = dataclasses.replace(plan, world_size=world_size)
+        share.check(accumulate)
+        assert share.minibatches // accumulate == updates
+        # In sample-major order an update must hold whole samples to be that of one process.
+        assert accumulate * plan.minibatch_size % count == 0
+        assert val_size % world_size == 0
+        assert val_size <= len(PromptFile(printed["data"]["init_args"]["val"]))
+
+
+FLOW_GRPO = sorted((ROOT / "configs" / "flow_grpo").glob("shapes-*.yaml"))
+
+
+@pytest.mark.parametrize("path", FLOW_GRPO, ids=ids)
+def test_headers_of_flow_grpo_tell_the_arithmetic_of_a_round(path, capsys):
+    options = parsed(path, capsys)["model"]["init_args"]
+    header = " ".join(
+        line[1:].strip() for line in path.read_text().partition("\nname:")[0].split("\n")
+    )
+    trained = trained_steps(options)
+    prompts, repeats = options["prompts_per_round"], options["samples_per_prompt"]
+    pairs, size = prompts * repeats * trained, options["minibatch_size"]
+    assert f"A round is {prompts} prompts x {repeats} images x {trained} " in header
+    assert f" steps = {pairs} pairs in {pairs // size} minibatches of {size}: " in header
+    assert f": {pairs // size} updates" in header
+    assert pairs % size == 0
 
 
 def test_neurons_are_reset_every_ten_rounds_as_in_the_paper(capsys):

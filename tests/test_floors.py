@@ -12,7 +12,10 @@ FLOOR_1 = {"schedulers", "rewards", "metrics", "data"}
 ABOVE = {"cli", "comparison", "run_folder", "checkpoint_io", "run_groups", "verbs", "benchmarks",
          "__main__"}  # floor 5: everything  # fmt: skip
 BASES = {"schedulers.base", "policies.base", "policies.sampling", "rewards.base",
-         "rewards.scoring", "data.experience", "data.planner", "data.image_text"}  # fmt: skip
+         "rewards.scoring", "data.experience", "data.planner", "data.windows",
+         "data.image_text", "policies.snapshots",
+         # The head that methods train beside any policy, and its sampler, as `policies.sampling`.
+         "policies.time_prediction", "policies.learned_schedule"}  # fmt: skip
 
 # Inside the package: what each folder may import besides itself, by prefix.
 INSIDE = {
@@ -22,7 +25,8 @@ INSIDE = {
     **{folder: FLOOR_0 for folder in FLOOR_1},
     "policies": FLOOR_0 | {"schedulers"},
     "algorithms": FLOOR_0 | BASES | {"metrics"},
-    "callbacks": FLOOR_0 | FLOOR_1 | {"algorithms.base"},
+    # Averaged weights serve callbacks and algorithms; the lower of the two floors holds them.
+    "callbacks": FLOOR_0 | FLOOR_1 | {"algorithms.base", "policies.snapshots"},
 }
 # Outside it: the libraries that each folder may import besides the standard library.
 OUTSIDE = {
@@ -33,7 +37,7 @@ OUTSIDE = {
     "rewards": {"torch", "transformers", "open_clip", "PIL"},
     "metrics": {"torch", "torchmetrics"},
     "data": {"torch", "numpy", "PIL", "lightning"},
-    "policies": {"torch", "diffusers", "transformers", "peft", "open_clip"},
+    "policies": {"torch", "diffusers", "transformers", "peft", "open_clip", "safetensors"},
     "algorithms": {"torch", "lightning", "torchmetrics", "tqdm"},
     "callbacks": {"torch", "lightning", "matplotlib", "numpy"},
 }
@@ -110,7 +114,14 @@ PLUMBING = (
     "sharding",
     "tasks",
 )
-ABSTRACT = ("base", "rounds", "online", "reward_gradient")
+ABSTRACT = (
+    "base",
+    "rounds",
+    "online",
+    "forward_process",
+    "reward_gradient",
+    "schedule_learning",
+)
 
 
 def test_no_algorithm_imports_another():

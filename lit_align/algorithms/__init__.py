@@ -2,10 +2,14 @@
 
 from lit_align.algorithms.adjoint_matching import AdjointMatching
 from lit_align.algorithms.alignprop import AlignProp
+from lit_align.algorithms.awm import AWM
 from lit_align.algorithms.base import AlignmentModule
 from lit_align.algorithms.ddpo import DDPO
+from lit_align.algorithms.diffusion_nft import DiffusionNFT
 from lit_align.algorithms.draft import DRaFT
 from lit_align.algorithms.drtune import DRTune
+from lit_align.algorithms.flow_grpo import FlowGRPO
+from lit_align.algorithms.forward_process import ForwardProcessModule
 from lit_align.algorithms.large_scale_rl import LargeScaleRL
 from lit_align.algorithms.nabla_gflownet import NablaGFlowNet
 from lit_align.algorithms.online import OnlineModule
@@ -17,12 +21,16 @@ from lit_align.algorithms.pretraining import (
 from lit_align.algorithms.refl import ReFL
 from lit_align.algorithms.reward_gradient import RewardGradientModule
 from lit_align.algorithms.rounds import RoundModule
+from lit_align.algorithms.schedule_learning import ScheduleModule
 from lit_align.algorithms.tasks import Task
 from lit_align.algorithms.tdpo import TDPO
+from lit_align.algorithms.tpdm import TPDM
 
 __all__ = [
+    "AWM",
     "DDPO",
     "TDPO",
+    "TPDM",
     "AdjointMatching",
     "AlignProp",
     "AlignmentModule",
@@ -30,12 +38,16 @@ __all__ = [
     "DRTune",
     "DRaFT",
     "DenoisingPretraining",
+    "DiffusionNFT",
+    "FlowGRPO",
+    "ForwardProcessModule",
     "LargeScaleRL",
     "NablaGFlowNet",
     "OnlineModule",
     "ReFL",
     "RewardGradientModule",
     "RoundModule",
+    "ScheduleModule",
     "Task",
     "VAEPretraining",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_align.algorithms.checkpoint import check_identity, describe, keep_trainable
+from lit_align.algorithms.choices import check_train
 from lit_align.algorithms.precision import check_precision, keep_float32
 from lit_align.algorithms.sharding import check_strategy, name_optimizer_states, shard, whole
 from lit_align.functional.noise import sample_generators
@@ -38,7 +39,7 @@ class AlignmentModule(LightningModule, ABC):
         adam_betas: Of AdamW, the decay rates of its moments.
         num_inference_steps: Denoising steps T in training.
         guidance_scale: Weight of classifier-free guidance, in training and evaluation; 1 runs no
-            unconditional branch.
+            unconditional branch. Of Flux.1-dev the input of that name.
         eval_num_inference_steps: Denoising steps in evaluation; by default as in training.
         seed: Decides prompts, noise and orders.
         max_invalid_fraction: With a larger share of images that the trained reward could not
@@ -52,6 +53,8 @@ class AlignmentModule(LightningModule, ABC):
             `gradient_queries` (reward gradients), `denoiser_calls` (network evaluations of one
             latent, guidance counting twice).
     """
+
+    trains_policy: ClassVar[bool] = True  # else it is frozen, and something beside it is trained
 
     def __init__(
         self,
@@ -109,8 +112,7 @@ class AlignmentModule(LightningModule, ABC):
             ValueError: If an option cannot work; the message says what can.
         """
         keep_float32(self.trainer.precision_plugin, self.policy)
-        for reward in self.rewards.values():
-            reward.to(self.device)
+        self.policy.branches(self.guidance_scale)  # refuses a scale that the network cannot take
         steps = {self.eval_num_inference_steps}
         if stage == "fit":
             self._check_trainer()
@@ -118,13 +120,12 @@ class AlignmentModule(LightningModule, ABC):
         for number in steps:
             self.policy.scheduler.set_timesteps(number)
         for reward in self.rewards.values():
-            self._check_reward(reward)
+            self._check_reward(reward.to(self.device))
 
     def _check_trainer(self) -> None:
         if self.reward is None:
             raise ValueError(f"{type(self).__name__} needs a `reward`.")
-        if not any(p.requires_grad for p in self.policy.parameters()):
-            raise ValueError("The policy has `train: none`; use 'lora' or 'full' to fit it.")
+        check_train(self.policy, type(self).__name__, self.trains_policy)
         check_precision(str(self.trainer.precision), self.policy)
         check_strategy(self.trainer.strategy)
 

@@ -35,7 +35,7 @@ def keep_trainable(module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if key in checkpoint:
             checkpoint[key] = {n: value for n, value in checkpoint[key].items() if n in trained}
     checkpoint["hyper_parameters"] = {
-        name: value
+        name: _plain(value)
         for name, value in checkpoint.get("hyper_parameters", {}).items()
         if not _holds_module(value)
     }
@@ -84,6 +84,12 @@ def _holds_module(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_holds_module(item) for item in value.values())
     return isinstance(value, nn.Module)
+
+
+def _plain(value: Any) -> Any:
+    """Return the fields of a dataclass, which a checkpoint cannot hold, and all else as it is."""
+    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_record else value
 
 
 class PostponedSaves(Callback):

@@ -120,9 +120,9 @@ class DRTune(RewardGradientModule):
         steps = self.train_steps or chosen_steps(
             self.train_step_strategy, self.truncation_steps, total, generator
         )
+        keep = ("pred_original",) if total < self.num_inference_steps else ()
         path = self.sample(
-            minibatch, steps, num_steps=total, keep_predicted=total < self.num_inference_steps,
-            detach_input=self.stop_input_grad,
-        )  # fmt: skip
-        states = path.latents if path.predicted is None else path.predicted
+            minibatch, steps, num_steps=total, keep=keep, detach_input=self.stop_input_grad
+        )
+        states = path.extras.get("pred_original", path.latents)
         return Drawn([states[:, -1]], path, steps)

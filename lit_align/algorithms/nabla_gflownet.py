@@ -109,15 +109,14 @@ class NablaGFlowNet(OnlineModule):
         self.detach_flow, self.backward_weight = detach_flow, backward_weight
         self.backward_trains_policy = backward_trains_policy and flow_correction is not None
         self.trust_region_weight = trust_region_weight
-        self.keep_predicted = trust_region_weight > 0
+        self.keep = ("pred_original",) if trust_region_weight > 0 else ()
         self.pixel_grad, self.decode_batch_size = pixel_grad, decode_batch_size
         policy.keep_reference()
 
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
         """Leave out samples without a reward; the targets are computed with the loss."""
         assert trajectory.rewards is not None
-        extras = {"old_predicted": trajectory.predicted} if self.keep_predicted else {}
-        return trajectory.replace(advantages=trajectory.rewards * 0, extras=extras, predicted=None)
+        return trajectory.replace(advantages=trajectory.rewards * 0)
 
     def loss(self, minibatch: Transition) -> tuple[Tensor, Logs]:
         """Return the sum of the balance losses and the trust region's."""
@@ -135,7 +134,7 @@ class NablaGFlowNet(OnlineModule):
         loss = weight * mean_square(gap - target - inner.where(~last, 0.0))
         logs = {"train/forward_loss": loss.mean()}
         if self.trust_region_weight > 0:
-            moved = step.pred_original - minibatch.extras["old_predicted"]
+            moved = step.pred_original - minibatch.extras["pred_original"]
             trust = mean_square(scheduler.output_change(minibatch.timesteps, moved))
             loss = loss + self.trust_region_weight * trust
             logs["train/trust_region"] = trust.mean()

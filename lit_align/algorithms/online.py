@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -53,8 +53,9 @@ class OnlineModule(RoundModule, ABC):
     """
 
     minibatch_types: ClassVar[tuple[type, ...]] = (Transition,)
+    needs_density: ClassVar[bool] = True  # steps whose probability it learns from
     needs_memoryless: ClassVar[bool] = False  # a sampler that forgets the initial noise
-    keep_predicted = False  # whether rollouts keep the clean latents that each step implies
+    keep: tuple[str, ...] = ()  # fields of `StepOutput` that rollouts keep, as extras
     noise_key = "rollout"  # of their noise, beside the seed and the round
 
     def __init__(
@@ -109,11 +110,16 @@ class OnlineModule(RoundModule, ABC):
                 guidance_scale=self.guidance_scale,
                 generator=sample_generators(*key, positions),
                 initial_generator=shared if self.shared_init_noise else None,
-                keep_predicted=self.keep_predicted,
+                stochastic_steps=self.noisy_steps(round_index),
+                keep=self.keep,
                 progress=lambda: bar.update(len(batch)),
             )
         images = quantize(self.policy.decode(trajectory.latents[:, -1]))
         return trajectory.replace(batch=batch, images=images)
+
+    def noisy_steps(self, round_index: int) -> Collection[int] | None:
+        """Return the steps of a round that add noise; None for all that have a density."""
+        return self.plan.noisy_steps(round_index)
 
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Run one round: rollout, score, targets, in the trainer's precision and without grad."""
@@ -121,12 +127,16 @@ class OnlineModule(RoundModule, ABC):
         trajectory, logs = sample_and_score(self, batch, round_index)
         self._round_logs |= logs
         trajectory = self._weigh(self.compute_targets(trajectory))
-        self._count(trajectory.guidance_scale, len(trajectory) * self.num_inference_steps)
+        self.count_rollout(trajectory)
         self.counters["reward_queries"] += len(trajectory) * self.trainer.world_size
         if self._update_started:
             self._round_logs["time/update"] = started - self._update_started
         self._update_started = time.perf_counter()
         return trajectory
+
+    def count_rollout(self, trajectory: Trajectory) -> None:
+        """Count one for each step of each sample."""
+        self._count(trajectory.guidance_scale, len(trajectory) * self.num_inference_steps)
 
     def normalised_rewards(self, trajectory: Trajectory) -> Tensor:
         """Return the rewards [B] normalised over all processes, in float64; NaN stays NaN."""
@@ -158,6 +168,8 @@ class OnlineModule(RoundModule, ABC):
     @property
     def plan(self) -> RoundPlan:
         """The sizes and orders of a round."""
+        # Evaluation may have left the scheduler with another number of steps.
+        self.policy.scheduler.set_timesteps(self.num_inference_steps, self.policy.device)
         steps = tuple(self.policy.scheduler.density_steps)
         steps = steps[:-1] if self.drop_last_step else steps
         return RoundPlan(
@@ -181,7 +193,8 @@ class OnlineModule(RoundModule, ABC):
         if stage != "fit":
             return
         self.policy.scheduler.set_timesteps(self.num_inference_steps)
-        self.policy.scheduler.check_density(type(self).__name__)
+        if self.needs_density:
+            self.policy.scheduler.check_density(type(self).__name__)
         if self.needs_memoryless:
             self.policy.scheduler.check_memoryless(type(self).__name__)
         for name, plan in reversed(self.plans.items()):  # it ends with the first one's turn

@@ -67,6 +67,5 @@ class ReFL(RewardGradientModule):
         """Stop at a random late step and take the clean latents that it predicts."""
         generator = self.draw_generator()
         step = int(torch.randint(self.min_step, self.max_step + 1, (), generator=generator))
-        path = self.sample(minibatch, (step,), num_steps=step + 1, keep_predicted=True)
-        assert path.predicted is not None
-        return Drawn([path.predicted[:, -1]], path, (step,))
+        path = self.sample(minibatch, (step,), num_steps=step + 1, keep=("pred_original",))
+        return Drawn([path.extras["pred_original"][:, -1]], path, (step,))

@@ -173,5 +173,5 @@ class RoundModule(AlignmentModule, ABC):
         self._window = []
 
     def _count(self, guidance_scale: float, latents: int) -> None:
-        branches = 1 if guidance_scale == 1 else 2
-        self.counters["denoiser_calls"] += latents * branches * self.trainer.world_size
+        rows = latents * self.policy.branches(guidance_scale)
+        self.counters["denoiser_calls"] += rows * self.trainer.world_size

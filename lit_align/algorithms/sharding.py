@@ -117,6 +117,18 @@ def check_sharded(module: nn.Module) -> None:
         )
 
 
+def anywhere(module: LightningModule, condition: bool) -> bool:
+    """Return whether a condition holds here, or on any process of those that share a network.
+
+    Every call of a sharded network is one on all processes: a loop over calls goes on as long as
+    one of them needs it.
+    """
+    if not isinstance(module.trainer.strategy, ModelParallelStrategy):
+        return condition
+    everywhere: Any = module.all_gather(torch.tensor(condition, device=module.device))
+    return bool(everywhere.any())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return the tensor itself, or the whole of a sharded one; called on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -118,7 +118,7 @@ class TDPO(OnlineModule):
             raise ValueError(f"`clip_range` must be > 0 and `gamma` in [0, 1], got {given}.")
         self.critic: Any = critic
         self.lr_critic, self.critic_weight_decay = lr_critic, critic_weight_decay
-        self.keep_predicted = critic_input == "x0_hat"
+        self.keep = ("pred_original",) if critic_input == "x0_hat" else ()
         self.clip_range, self.clip_range_critic = clip_range, clip_range_critic
         self.cf_coef, self.gamma, self.temporal_reward_norm = cf_coef, gamma, temporal_reward_norm
         self.kl_coef, self.kl_kind = kl_coef, kl_kind
@@ -130,8 +130,7 @@ class TDPO(OnlineModule):
     def rollout(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Also embed and value the image of every state."""
         trajectory = super().rollout(batch, round_index)
-        predicted = trajectory.predicted
-        states = trajectory.latents[:, :-1] if predicted is None else predicted
+        states = trajectory.extras.get("pred_original", trajectory.latents[:, :-1])
         embeddings = torch.stack(
             [self.critic.embed(quantize(self.policy.decode(x))) for x in states.unbind(1)], dim=1
         )
@@ -141,7 +140,7 @@ class TDPO(OnlineModule):
             "values": self.critic.evaluate(embeddings),
             "dropout_keys": sample_keys(*key, states.shape[1]).to(self.device),
         }
-        return trajectory.replace(extras=extras, predicted=None)
+        return trajectory.replace(extras=extras)
 
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
         """Compare each step's return with the critic's value."""

@@ -57,6 +57,7 @@ LISTS = {
     "heldout": Listed("shapes-heldout", 192, 4, ("ShapesVerifier", "ShapesCLIP", "Colorfulness")),
     "unseen": Listed("shapes-unseen", 96, 1, ("ShapesVerifier", "ShapesCLIP", "Colorfulness")),
     "relations": Listed("shapes-relations-heldout", 192, 4, ("ShapesVerifier",)),
+    "counts": Listed("shapes-counts-heldout", 27, 16, ("ShapesVerifier",)),
     "colored": Listed("shapes-colored-heldout", 192, 4, ("ShapesVerifier",)),
     "uncolored": Listed("shapes-uncolored-test", 496, 1, ("Parity", "ShapesVerifier")),
 }
@@ -75,7 +76,7 @@ def checkpoints(
     Args:
         runs: Folders of runs.
         output: CSV file to write; the picture has its name with `.png`.
-        lists: Of "heldout", "unseen", "relations", "colored", "uncolored"; by default all.
+        lists: Names of `LISTS`; by default all.
         last_only: Score only each run's last checkpoint.
         level: Gain of the trained reward, in standard deviations of the base, to draw at.
         weights: "trained", or "ema" for the average that AdapterEMA kept.

@@ -195,7 +195,7 @@ def _loss(module: Any) -> Any:
             path = policy.sample(
                 policy.encode_prompt(prompts.prompts), guidance_scale=1.0,
                 num_inference_steps=module.num_inference_steps, generator=[torch.Generator()],
-                keep_predicted=module.keep_predicted,
+                keep=module.keep,
             )  # fmt: skip
             one = torch.ones(1, device=policy.device)
             path = module.compute_targets(path.replace(batch=prompts, rewards=one, weights=one))

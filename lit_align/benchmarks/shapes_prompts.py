@@ -6,10 +6,12 @@ shapes-mixture  2,000 captions of the train split in the mixture of the training
 shapes-heldout  600 captions of the held-out split, drawn with repetition: it has few single objects
 shapes-unseen   200 different captions that name a colour-shape pair no denoiser was trained on
 
-For relations and for colours that the caption leaves open:
+For relations, for numbers, and for colours that the caption leaves open:
 
 shapes-relations          1,000 different captions of the train split that state a relation
 shapes-relations-heldout  192 of the held-out split
+shapes-counts             the different captions of the train split that name a number of objects
+shapes-counts-heldout     those of the held-out split
 shapes-uncolored          two in three captions of one object, or of equal ones, of the train split
                           that state no colour
 shapes-uncolored-test     the third one, and all of the held-out split, each 16 times in a row
@@ -44,6 +46,12 @@ def prompt_lists() -> dict[str, list[Facts]]:
         ),
         "shapes-relations-heldout": list(
             _different(sample_split("heldout", 1_000, seed=600, kind="relation"), 192)
+        ),
+        "shapes-counts": list(
+            dict.fromkeys(sample_split("train", 20_000, seed=1000, kind="count"))
+        ),
+        "shapes-counts-heldout": list(
+            dict.fromkeys(sample_split("heldout", 2_000, seed=1100, kind="count"))
         ),
         "shapes-uncolored": [f for number, f in enumerate(uncolored) if number % 3 != 2],
         "shapes-uncolored-test": [

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lit_align.policies.snapshots import Snapshot, gathered, warm_up
 
 
 class AdapterEMA(Callback):
@@ -24,9 +22,8 @@ class AdapterEMA(Callback):
         every_n_steps: Optimiser steps from one update of the average to the next.
         start_step: The average starts as the weights after so many optimiser steps.
         evaluate: Validate the average instead of the trained weights, once it has started.
-
-    Attributes:
-        average: The averaged tensors by name; empty before the start.
+        warm_up: After n optimiser steps, let the past weigh at most ``(1 + n) / (10 + n)``
+            (arXiv:2505.05470, code).
     """
 
     def __init__(
@@ -35,6 +32,7 @@ class AdapterEMA(Callback):
         every_n_steps: int = 1,
         start_step: int = 0,
         evaluate: bool = True,
+        warm_up: bool = False,
     ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
@@ -47,27 +45,26 @@ class AdapterEMA(Callback):
         self.every_n_steps = every_n_steps
         self.start_step = start_step
         self.evaluate = evaluate
-        self.average: dict[str, Tensor] = {}
-        self._weights: dict[str, nn.Parameter] = {}
-        self._sharded: list[FSDPModule] = []
-        self._trained: dict[str, Tensor] = {}  # the trained weights while the average is in place
+        self.warm_up = warm_up
+        self._snapshot = Snapshot()
         self._step = 0
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The averaged tensors by name; empty before the start."""
+        return self._snapshot.average
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the average of an earlier run; that of a checkpoint is restored after this."""
         if stage == "fit" and trainer.global_step == 0:
-            self.average = {}
+            self._snapshot.clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the weights, or lay a restored average out as the weights are."""
         self._step = trainer.global_step
-        # Found once: walking the module at every step takes longer than the update.
-        self._weights = _trainable(pl_module)
-        self._sharded = [part for part in pl_module.modules() if isinstance(part, FSDPModule)]
-        if self.average:
-            self.average = {n: _laid_out(a, self._weights[n]) for n, a in self.average.items()}
-        elif self._step >= self.start_step:
-            self._start(pl_module)
+        self._snapshot.attach(pl_module)
+        if not self.average and self._step >= self.start_step:
+            self._snapshot.start()
 
     def on_train_batch_end(
         self,
@@ -82,70 +79,48 @@ class AdapterEMA(Callback):
             return
         self._step = trainer.global_step
         if not self.average:
-            self._start(pl_module)
+            self._snapshot.attach(pl_module)
+            self._snapshot.start()
         elif (self._step - self.start_step) % self.every_n_steps == 0:
-            for part in self._sharded:
-                part.reshard()  # see `_trainable`
-            for name, weight in self._weights.items():
-                self.average[name].mul_(self.decay).add_(weight.detach(), alpha=1 - self.decay)
+            decay = warm_up(self._step, self.decay) if self.warm_up else self.decay
+            self._snapshot.update(decay)
 
-    def _start(self, module: nn.Module) -> None:
-        self.average = {n: w.detach().float().clone() for n, w in _trainable(module).items()}
-
-    @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
+    def applied(self, module: nn.Module) -> AbstractContextManager[None]:
         """Run with the average in place of the trained weights, if it has started."""
-        if not self.average or self._trained:  # it may be in place already
-            yield
-            return
-        self._apply(module)
-        try:
-            yield
-        finally:
-            self._restore(module)
+        if self.average and not self._snapshot.displaced:
+            self._snapshot.attach(module)
+        return self._snapshot.applied()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average in place."""
-        if self.evaluate and self.average and not self._trained:
-            self._apply(pl_module)
+        if self.evaluate and self.average and not self._snapshot.displaced:
+            self._snapshot.attach(pl_module)
+            self._snapshot.put_in()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the trained weights back."""
-        self._restore(pl_module)
+        self._snapshot.put_back()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Put the trained weights back: what is saved after an exception are they."""
-        self._restore(pl_module)
+        self._snapshot.put_back()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Store the trained weights also if a signal asks for a checkpoint during validation."""
-        checkpoint["state_dict"].update({n: _gathered(w) for n, w in self._trained.items()})
-
-    @torch.no_grad()
-    def _apply(self, module: nn.Module) -> None:
-        weights = _trainable(module)
-        self._trained = {name: weight.detach().clone() for name, weight in weights.items()}
-        for name, weight in weights.items():
-            weight.copy_(self.average[name])
-
-    @torch.no_grad()
-    def _restore(self, module: nn.Module) -> None:
-        if self._trained:
-            for name, weight in _trainable(module).items():
-                weight.copy_(self._trained[name])
-            self._trained = {}
+        trained = self._snapshot.displaced
+        checkpoint["state_dict"].update({name: gathered(w) for name, w in trained.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average as whole tensors on the CPU."""
-        return {"average": {name: _gathered(tensor) for name, tensor in self.average.items()}}
+        return {"average": self._snapshot.state_dict()["average"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the average."""
-        self.average = dict(state_dict["average"])
+        self._snapshot.load_state_dict({"average": state_dict["average"], "step": 0})
 
 
 def stored_average(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -162,28 +137,3 @@ def stored_average(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
         )
     average: dict[str, Tensor] = state["average"]
     return average
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable tensors by name; sharded ones as shards.
-
-    FSDP2 keeps the outermost module's tensors gathered after a forward, and would compute with
-    them after the shards were changed.
-    """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True)
-
-
-def _laid_out(tensor: Tensor, weight: Tensor) -> Tensor:
-    """Return `tensor`, whole or already laid out, on the device and in the shards of `weight`."""
-    if isinstance(weight, DTensor) and not isinstance(tensor, DTensor):
-        mesh, placements = weight.device_mesh, weight.placements
-        return distribute_tensor(tensor.to(weight.device), mesh, placements)
-    return tensor.to(weight.device)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_align.data.prompts import PromptLoader
+from lit_align.data.windows import StepWindow
 from lit_align.functional.noise import keyed_generator
 from lit_align.trajectory import PromptBatch
 
@@ -47,6 +48,7 @@ class RoundPlan:
         step_choice: Which steps, and in which order: "per_sample" draws both at random for each
             sample and pass, "shared" for each pass, the same for all samples; "denoising" draws
             the steps as "per_sample" does and takes them from noise to clean.
+        window: Where steps add noise and are trained; None for all `steps`. It takes no `pools`.
         seed: Of all draws.
         rank: This process.
         world_size: Number of processes W.
@@ -63,6 +65,7 @@ class RoundPlan:
     seed: int
     step_choice: StepChoice = "per_sample"
     pools: tuple[Pool, ...] = ()
+    window: StepWindow | None = None
     rank: int = 0
     world_size: int = 1
 
@@ -87,8 +90,10 @@ class RoundPlan:
         """Check that all sizes divide.
 
         Raises:
-            ValueError: If one does not; the message lists values that do.
+            ValueError: If one does not, or the window does not fit; the message lists values that
+                do.
         """
+        self.noisy_steps(0)
         if self._lanes % self.world_size:
             multiples = [self.world_size * n for n in range(1, self.prompts_per_round + 2)]
             raise ValueError(
@@ -149,6 +154,15 @@ class RoundPlan:
                 strict=True,
             )
 
+    def noisy_steps(self, round_index: int) -> tuple[int, ...] | None:
+        """Return the steps that add noise in a round, those of its window; None for all that can.
+
+        Raises:
+            ValueError: If the window does not fit into `steps`.
+        """
+        window = self.window
+        return None if window is None else window.steps(round_index, self.seed, self.steps)
+
     @property
     def _lanes(self) -> int:
         return max(d for d in range(1, _MAX_LANES + 1) if self.prompts_per_round % d == 0)
@@ -172,7 +186,8 @@ class RoundPlan:
         position = slot * self.samples_per_prompt + sample % self.samples_per_prompt
         owner = -1 if self.step_choice == "shared" else position
         generator = keyed_generator("steps", self.seed, round_index, epoch, owner)
-        pools = self.pools or ((self.steps, self.trained_steps),)
+        steps = self.noisy_steps(round_index) or self.steps
+        pools = self.pools or ((steps, self.trained_steps),)
         chosen = torch.cat(
             [
                 torch.tensor(steps)[torch.randperm(len(steps), generator=generator)[:count]]

@@ -6,6 +6,7 @@ and their advantage is NaN.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any, Literal
 
@@ -56,6 +57,53 @@ def group_advantages(
         std = everywhere if global_std else _std(values, correction)
         advantages[member] = (values - values.mean()) / (std + eps)
     return advantages
+
+
+def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Return ``r_i - mean of the group's other rewards`` [B], in float64 (arXiv:2402.14740).
+
+    It is ``k / (k - 1) (r_i - mean)`` for k rewards of the group that are not NaN, and NaN where
+    there is only one of them, which has nothing to be compared with.
+
+    Args:
+        rewards: [B].
+        group_ids: [B] integers, equal within a group.
+    """
+    rewards = rewards.double()
+    advantages = torch.full_like(rewards, torch.nan)
+    for group in group_ids.unique():
+        member = (group_ids == group) & ~rewards.isnan()
+        values = rewards[member]
+        if len(values) > 1:
+            advantages[member] = (values - values.mean()) * len(values) / (len(values) - 1)
+    return advantages
+
+
+def step_discount(steps: Tensor, gamma: float) -> Tensor:
+    """Return ``c(N) = (1 / N) sum_{i < N} gamma^i = (1 - gamma^N) / (N (1 - gamma))``, in float64.
+
+    The share of a final reward that is left if step n of N gets ``gamma^(N - n)`` of it and the
+    steps are averaged (arXiv:2412.01243): 1 for one step, less for each further one.
+
+    Args:
+        steps: Numbers of steps N, positive.
+        gamma: In (0, 1].
+    """
+    steps = steps.double()
+    if gamma == 1:
+        return torch.ones_like(steps)
+    return -(steps * math.log(gamma)).expm1() / (steps * (1 - gamma))
+
+
+def zero_std_fraction(rewards: Tensor, group_ids: Tensor) -> float:
+    """Return the share of groups whose known rewards are all equal, and which so teach nothing.
+
+    Args:
+        rewards: [B].
+        group_ids: [B] integers, equal within a group.
+    """
+    groups = [rewards[group_ids == group] for group in group_ids.unique()]
+    return sum(len(r[~r.isnan()].unique()) <= 1 for r in groups) / len(groups)
 
 
 def _std(values: Tensor, correction: int) -> Tensor:

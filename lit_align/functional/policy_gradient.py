@@ -1,9 +1,11 @@
-"""The clipped surrogate of PPO and its diagnostics."""
+"""The clipped surrogate of PPO, its diagnostics, and other ratios and trust regions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lit_align.functional.gaussian import per_sample
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
@@ -21,6 +23,41 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> T
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+def normalised_log_ratio(
+    next_latents: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor
+) -> Tensor:
+    """Return ``mean(z D)`` [B] with ``z = (x' - mu_old) / S`` and ``D = mu - mu_old``.
+
+    It is ``S (log r + mean(D^2) / (2 S^2))``, Eq. (8) of arXiv:2510.22319. Over z it averages to 0
+    whatever the policy, where log r averages to less, and its spread does not grow as S shrinks.
+
+    Args:
+        next_latents: x' [B, ...], drawn from N(mu_old, S^2 I).
+        mean: mu [B, ...].
+        old_mean: mu_old [B, ...].
+        std: S [B], positive.
+    """
+    noise = (next_latents - old_mean) / per_sample(std, mean)
+    return (noise * (mean - old_mean)).flatten(1).mean(1)
+
+
+def leaves_trust_region(
+    divergence: Tensor, ratio: Tensor, advantages: Tensor, threshold: float
+) -> Tensor:
+    """Return where a policy is beyond the threshold and asked to go further (arXiv:2606.11025).
+
+    Args:
+        divergence: From the policy that sampled [N].
+        ratio: rho [N], new over old probability.
+        advantages: A [N].
+        threshold: Of the divergence.
+
+    Returns:
+        [N] boolean.
+    """
+    return (divergence > threshold) & (advantages * (ratio - 1) > 0)
 
 
 def approx_kl(log_ratio: Tensor) -> Tensor:

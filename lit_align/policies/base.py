@@ -7,7 +7,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from lit_align.functional.gaussian import gaussian_kl
 from lit_align.functional.noise import randn
 from lit_align.policies import adapters, loading
-from lit_align.policies.sampling import CFGGrad, denoise, stack_steps, with_checkpoint
+from lit_align.policies.latents import LatentSpace
+from lit_align.policies.sampling import CFGGrad, denoise, stack_steps
 from lit_align.schedulers.base import StepOutput, StochasticScheduler
 from lit_align.trajectory import Trajectory, Transition
 
@@ -29,7 +29,7 @@ MAX_TEXT_TOKENS = 256  # of encoders without a limit of their own (T5)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class DiffusionPolicy(nn.Module, ABC):
+class DiffusionPolicy(LatentSpace, ABC):
     """A pretrained pipeline, a stochastic sampler over it, and the part of it that is trained.
 
     Only the denoiser is ever trained; text encoders and VAE are frozen.
@@ -43,8 +43,10 @@ class DiffusionPolicy(nn.Module, ABC):
         lora_alpha: Their scale is alpha / rank; by default alpha = rank.
         lora_targets: Names of the denoiser's linear layers; by default the family's attention
             projections.
-        dtype: "float32", "bfloat16" or "float16" for the frozen parts; adapters stay float32.
+        dtype: "float32", "bfloat16" or "float16" for the frozen parts; adapters stay float32. None
+            leaves a pipeline that was passed as it is.
         gradient_checkpointing: Trade compute for memory in the denoiser.
+        image_size: Side of the images in pixels, or height and width; by default the model's own.
 
     Raises:
         ValueError: If the name is unknown, an option is out of range, or a LoRA target matches no
@@ -64,8 +66,9 @@ class DiffusionPolicy(nn.Module, ABC):
         lora_rank: int = 4,
         lora_alpha: float | None = None,
         lora_targets: list[str] | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["float32", "bfloat16", "float16"] | None = "float32",
         gradient_checkpointing: bool = False,
+        image_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if train not in ("lora", "full", "none"):
@@ -91,9 +94,11 @@ class DiffusionPolicy(nn.Module, ABC):
             if name.startswith("text_encoder") and module is not None
         )
         self.requires_grad_(False).eval()
-        self.to(_DTYPES[dtype])
+        if dtype is not None:
+            self.to(_DTYPES[dtype])
+        self.set_image_size(image_size)
         make_scheduler: SchedulerFactory = scheduler or type(self).default_scheduler
-        self.scheduler = make_scheduler(pipeline.scheduler)
+        self.scheduler = make_scheduler(self.pipeline_scheduler())
         self._reference: nn.Module | None = None
         if train == "lora":
             targets = lora_targets or list(self.default_lora_targets)
@@ -114,38 +119,36 @@ class DiffusionPolicy(nn.Module, ABC):
         lora_targets: list[str] | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         gradient_checkpointing: bool = False,
+        image_size: int | tuple[int, int] | None = None,
     ) -> DiffusionPolicy:
         """Build the policy of the family that `pretrained` belongs to; arguments as for the class.
 
         Raises:
             ValueError: If the name is unknown or its pipeline has no policy class.
         """
-        families = {
-            family.pipeline_class.__name__: family
-            for family in _subclasses(cls)
-            if "pipeline_class" in vars(family)  # not the variants that users derive
-        }
-        name = loading.pipeline_name(pretrained)
-        if name not in families:
-            raise ValueError(
-                f"{pretrained!r} is a {name}, which has no policy; "
-                f"there are policies for {', '.join(sorted(families))}."
-            )
-        return families[name](
+        family = loading.family_of(pretrained, cls)
+        policy: DiffusionPolicy = family(
             pretrained, scheduler, train, lora_rank, lora_alpha, lora_targets, dtype,
-            gradient_checkpointing,
+            gradient_checkpointing, image_size,
         )  # fmt: skip
+        return policy
 
     @property
     def device(self) -> torch.device:
         """Where the denoiser lives."""
         return next(self.denoiser.parameters()).device
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the model's images in pixels."""
-        side = self.denoiser.config["sample_size"] * self.pipeline.vae_scale_factor
-        return side, side
+    def pipeline_scheduler(self) -> Any:
+        """Return diffusers' scheduler, with the pipeline's times from `set_timesteps(T)`."""
+        return self.pipeline.scheduler
+
+    def branches(self, guidance_scale: float) -> int:
+        """Return how many rows the network sees per sample under this guidance.
+
+        Raises:
+            ValueError: If the network has no such guidance.
+        """
+        return 1 if guidance_scale == 1 else 2
 
     def fingerprint(self) -> str:
         """Return a name and hash of what is trained: the pipeline, and which of its tensors."""
@@ -214,7 +217,7 @@ class DiffusionPolicy(nn.Module, ABC):
         grad_steps: Collection[int] = (),
         detach_input: bool = False,
         cfg_grad: CFGGrad = "both",
-        keep_predicted: bool = False,
+        keep: Collection[str] = (),
         height: int | None = None,
         width: int | None = None,
         progress: Callable[[], Any] = lambda: None,
@@ -232,7 +235,7 @@ class DiffusionPolicy(nn.Module, ABC):
             grad_steps: Indices of the steps whose network call has a gradient.
             detach_input: Let no gradient flow into what the network sees (arXiv:2405.00760).
             cfg_grad: Whether gradient also flows through the unconditional branch.
-            keep_predicted: Keep the clean latents that each step's network output implies.
+            keep: Fields of `StepOutput` to keep of each step, as the trajectory's extras.
             height: Of the image in pixels; by default the model's.
             width: The same.
             progress: Called after each step.
@@ -247,7 +250,7 @@ class DiffusionPolicy(nn.Module, ABC):
             detach_input, cfg_grad, progress,
         )  # fmt: skip
         return Trajectory(
-            **stack_steps(initial, steps, keep_predicted),
+            **stack_steps(initial, steps, keep),
             timesteps=timesteps.expand(len(generator), -1), conditioning=conditioning,
             guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
         )  # fmt: skip
@@ -265,41 +268,6 @@ class DiffusionPolicy(nn.Module, ABC):
         return self.scheduler.step(
             output, transition.timesteps, transition.latents, transition.next_latents
         )
-
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """Return (C, H, W) of one sample's latents for an image of that size in pixels."""
-        factor = self.pipeline.vae_scale_factor
-        side = self.denoiser.config["sample_size"]
-        rows = height // factor if height else side
-        columns = width // factor if width else side
-        return self.denoiser.config["in_channels"], rows, columns
-
-    def decode(self, latents: Tensor, batch_size: int | None = None, clamp: bool = True) -> Tensor:
-        """Return images [B, 3, H, W] in [0, 1], float32.
-
-        Args:
-            latents: [B, C, H, W].
-            batch_size: Decode so many at a time, and where there is a gradient keep none of the
-                decoder's states: backward decodes again.
-            clamp: Turn it off for pixels as the decoder gives them, some a little beyond [0, 1].
-        """
-        parts = latents.split(batch_size or len(latents))
-        call = self._decode if batch_size is None else partial(with_checkpoint, self._decode)
-        images = torch.cat([call(part) for part in parts])
-        return images.clamp(0, 1) if clamp else images
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        shift = self.vae.config.get("shift_factor") or 0.0
-        scaled = (latents / self.vae.config["scaling_factor"] + shift).to(self.vae.dtype)
-        return self.vae.decode(scaled).sample.float() / 2 + 0.5
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Return latents [B, C, H, W] float32 of images [B, 3, H, W] in [0, 1]."""
-        config = self.vae.config
-        posterior = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
-        return (posterior.mode().float() - (config.get("shift_factor") or 0.0)) * config[
-            "scaling_factor"
-        ]
 
     def keep_reference(self) -> None:
         """Make `reference` possible: copies a fully trained denoiser, needs nothing for LoRA."""
@@ -383,8 +351,3 @@ class DiffusionPolicy(nn.Module, ABC):
             adapters.save_lora(self.denoiser, self.pipeline, self.denoiser_name, Path(path), dtype)
         else:
             loading.save_pipeline(self.pipeline, Path(path), dtype)
-
-
-def _subclasses(cls: type[DiffusionPolicy]) -> list[type[DiffusionPolicy]]:
-    direct = cls.__subclasses__()
-    return [*direct, *(deeper for child in direct for deeper in _subclasses(child))]

@@ -12,6 +12,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -22,8 +24,12 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
+from lit_align.shapes.grammar import vocabulary
 from lit_align.shapes.scene import IMAGE_SIZE
 from lit_align.shapes.tokens import MAX_TOKENS, byte_pair_tables
 
@@ -139,6 +145,61 @@ def build_shapes_sd3(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
+
+
+def build_shapes_flux(
+    vae: str | None = None,
+    layers: int = 2,
+    single_layers: int = 4,
+    heads: int = 4,
+    head_width: int = 24,
+    text_width: int = 64,
+    guidance_embeds: bool = True,
+) -> FluxPipeline:
+    """Return a Flux pipeline with a random transformer, CLIP and T5.
+
+    Args:
+        vae: Folder of a trained VAE; random if None.
+        layers: Transformer blocks with streams of their own for text and image.
+        single_layers: Blocks after them, where the streams are one.
+        heads: Attention heads.
+        head_width: Width of a head, a multiple of 8.
+        text_width: Width of each text encoder.
+        guidance_embeds: Whether the guidance scale is an input of the transformer, as in Flux.1-dev
+            and not in schnell; dev's times also depend on the image size.
+    """
+    tokenizer = build_tokenizer()
+    t5_tokenizer, t5 = _build_t5(text_width)
+    axis = head_width // 4
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * 4,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=head_width,
+        num_attention_heads=heads,
+        joint_attention_dim=text_width,
+        pooled_projection_dim=text_width,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(head_width - 2 * axis, axis, axis),
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
+        vae=_open_vae(vae),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, text_width)),
+        tokenizer=tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    )
+
+
+def _build_t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    words: Any = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -3.0)]
+    words += [(f"▁{word}", -1.0) for word in vocabulary()]
+    tokenizer = T5Tokenizer(vocab=words, extra_ids=0, model_max_length=MAX_TOKENS)
+    sizes: dict[str, Any] = {"d_model": width, "d_kv": width // 4, "d_ff": 4 * width}
+    config = T5Config(vocab_size=len(tokenizer), num_layers=2, num_heads=4, **sizes)
+    return tokenizer, T5EncoderModel(config)
 
 
 def _open_vae(folder: str | None) -> AutoencoderKL:

@@ -47,6 +47,49 @@ def _index(pretrained: str) -> dict[str, Any]:
     return index
 
 
+def family_of(pretrained: str, base: Any) -> Any:
+    """Return the policy class, below `base`, of the pipeline's family.
+
+    Raises:
+        ValueError: If there is no such pipeline, or no class for it.
+    """
+    return _family(pipeline_name(pretrained), repr(pretrained), base)
+
+
+def policy_over(pipe: Any, base: Any, image_size: int | tuple[int, int] | None = None) -> Any:
+    """Return the frozen policy, of a class below `base`, over a diffusers pipeline.
+
+    Args:
+        pipe: The pipeline; its parts keep their dtypes and devices.
+        base: `DiffusionPolicy`.
+        image_size: See there.
+
+    Raises:
+        ValueError: If there is no class for the pipeline.
+    """
+    family = _family(type(pipe).__name__, "The pipeline", base)
+    return family(pipe, train="none", dtype=None, image_size=image_size)
+
+
+def _family(pipeline: str, told: str, base: Any) -> Any:
+    families = {
+        family.pipeline_class.__name__: family
+        for family in _subclasses(base)
+        if "pipeline_class" in vars(family)  # not the variants that users derive
+    }
+    if pipeline not in families:
+        raise ValueError(
+            f"{told} is a {pipeline}, which has no policy; "
+            f"there are policies for {', '.join(sorted(families))}."
+        )
+    return families[pipeline]
+
+
+def _subclasses(cls: Any) -> list[Any]:
+    direct = cls.__subclasses__()
+    return [*direct, *(deeper for child in direct for deeper in _subclasses(child))]
+
+
 def load_pipeline(pretrained: str, expected: Any) -> Any:
     """Open a pipeline, its parts in the dtypes of their files.
 

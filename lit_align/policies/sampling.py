@@ -54,14 +54,17 @@ def denoise(
 
 
 def stack_steps(
-    initial: Tensor, steps: Sequence[StepOutput], keep_predicted: bool
+    initial: Tensor, steps: Sequence[StepOutput], keep: Collection[str]
 ) -> dict[str, Any]:
-    """Return what a `Trajectory` keeps of its steps, by name."""
-    predicted = [step.pred_original for step in steps] if keep_predicted else None
+    """Return what a `Trajectory` keeps of its steps, by name; `keep` names further fields."""
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(step, name) for step in steps], dim=1)
+
     return {
-        "latents": torch.stack([initial, *(step.next_latents for step in steps)], dim=1),
-        "log_probs": torch.stack([step.log_prob for step in steps], dim=1),
-        "predicted": None if predicted is None else torch.stack(predicted, dim=1),
+        "latents": torch.cat([initial[:, None], stacked("next_latents")], dim=1),
+        "log_probs": stacked("log_prob"),
+        "extras": {name: stacked(name) for name in keep},
     }
 
 

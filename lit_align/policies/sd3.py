@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from lit_align.policies.base import MAX_TEXT_TOKENS, Conditioning, DiffusionPolicy
+from lit_align.policies.features import FeatureTaps
 from lit_align.schedulers import StochasticFlowMatch
 
 
@@ -31,6 +33,12 @@ class SD3Policy(DiffusionPolicy):
     def max_sequence_length(self) -> int:
         """Number of T5 tokens, 0 without a T5 encoder."""
         return 0 if self.pipeline.text_encoder_3 is None else MAX_TEXT_TOKENS
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """See the base class."""
+        tokens = {} if self.max_sequence_length else {"max_sequence_length": 0}
+        return super().call_options | tokens
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the predicted velocity [B, C, H, W]; see the base class."""
@@ -59,3 +67,8 @@ class SD3Policy(DiffusionPolicy):
             "pooled_prompt_embeds": pooled,
             "negative_pooled_prompt_embeds": negative_pooled,
         }
+
+    def feature_taps(self) -> FeatureTaps:
+        """Return embedded patches, normalised states of the last block, and time and text."""
+        width = self.denoiser.inner_dim
+        return FeatureTaps("pos_embed", "norm_out", "time_text_embed", width, width)

@@ -8,6 +8,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from lit_align.policies.base import Conditioning, DiffusionPolicy
+from lit_align.policies.features import FeatureTaps
 from lit_align.schedulers import StochasticDDIM
 
 
@@ -32,3 +33,9 @@ class StableDiffusionPolicy(DiffusionPolicy):
             list(prompts), self.device, 1, do_classifier_free_guidance=True
         )
         return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+    def feature_taps(self) -> FeatureTaps:
+        """Return what enters the first block, leaves the last, and the sinusoids of the time."""
+        width = self.denoiser.config["block_out_channels"][0]
+        last = f"up_blocks.{len(self.denoiser.up_blocks) - 1}"
+        return FeatureTaps("conv_in", last, "time_proj", width, width)

@@ -142,6 +142,25 @@ class StochasticScheduler(ABC):
         unit, nothing = torch.ones_like(change), torch.zeros_like(change)
         return change / self.step(unit, timesteps, nothing).pred_original
 
+    def step_sizes(self, timesteps: Tensor) -> Tensor:
+        """Return each step's length h [B] in the time of flow matching.
+
+        Args:
+            timesteps: [B], members of `self.timesteps`.
+
+        Raises:
+            ValueError: If the family has no such time.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no steps in the time of flow matching, which `kl: drift` "
+            "and `ratio: norm` measure by; use a flow-matching model, or `kl: velocity` or "
+            "gaussian and `ratio: plain`."
+        )
+
+    def gradient_weights(self, timesteps: Tensor) -> Tensor:
+        """Return delta [B] of Eq. (12) of arXiv:2510.22319, ``1 / h``; raises as `step_sizes`."""
+        return 1 / self.step_sizes(timesteps)
+
     @property
     @abstractmethod
     def signal_levels(self) -> Tensor:
@@ -172,6 +191,44 @@ class StochasticScheduler(ABC):
             latents: Clean latents [B, ...].
             noise: Standard normal [B, ...].
             timesteps: [B], as the network takes them; any time, not only those of the schedule.
+        """
+
+    @abstractmethod
+    def noise_levels(self, timesteps: Tensor) -> Tensor:
+        """Return the share of noise [B] in what `corrupt` returns at any times, in [0, 1]."""
+
+    @abstractmethod
+    def clean(self, model_output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the clean latents [B, ...] that an output implies; exact for that of `corrupt`.
+
+        Args:
+            model_output: Network output [B, ...]; what is returned is affine in it.
+            latents: Noised latents [B, ...].
+            timesteps: [B], any time that `corrupt` takes.
+        """
+
+    @abstractmethod
+    def network_times(self, levels: Tensor) -> Tensor:
+        """Return the times of noise levels [B], as the network takes them.
+
+        Args:
+            levels: From 1, pure noise, to 0, the image; any, not only those of the schedule.
+        """
+
+    @abstractmethod
+    def advance(
+        self, model_output: Tensor, latents: Tensor, levels: Tensor, next_levels: Tensor
+    ) -> Tensor:
+        """Take a deterministic step from any noise level to any other.
+
+        Args:
+            model_output: Network output [B, ...] at `network_times(levels)`.
+            latents: [B, ...].
+            levels: [B] in (0, 1], where every sample is.
+            next_levels: [B] in [0, 1], where it goes; 0 ends at the image.
+
+        Returns:
+            [B, ...] float32, or float64 if the latents are.
         """
 
     @abstractmethod

@@ -22,11 +22,12 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from lit_align.functional.gaussian import per_sample
+from lit_align.functional.gaussian import at_least_float32, per_sample
 from lit_align.schedulers.base import StochasticScheduler
 
 # A transition narrower than this makes log-densities meaningless in float32.
 _MIN_STD = 1e-4
+_MIN_ABAR = 2.0**-24
 
 
 class StochasticDDIM(StochasticScheduler):
@@ -74,6 +75,53 @@ class StochasticDDIM(StochasticScheduler):
             return noised, self.scheduler.get_velocity(latents, noise, timesteps)
         return noised, latents
 
+    def noise_levels(self, timesteps: Tensor) -> Tensor:
+        """Return ``sqrt(1 - abar)``; see the base class."""
+        return (1 - self._abar_at(timesteps)).sqrt()
+
+    def clean(self, model_output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Return x0 of the table above; see the base class."""
+        abar = per_sample(self._abar_at(timesteps), latents)
+        output, latents = at_least_float32(model_output), at_least_float32(latents)
+        return self._split(output, latents, abar, 1 - abar)[0]
+
+    def _abar_at(self, timesteps: Tensor) -> Tensor:
+        table: Tensor = self.scheduler.alphas_cumprod
+        return table.to(timesteps.device)[timesteps]
+
+    def network_times(self, levels: Tensor) -> Tensor:
+        """Return k = 999 u for levels u, a real number; see the base class."""
+        last = len(self.scheduler.alphas_cumprod) - 1
+        return levels * last
+
+    def advance(
+        self, model_output: Tensor, latents: Tensor, levels: Tensor, next_levels: Tensor
+    ) -> Tensor:
+        """Return ``sqrt(abar') x0 + sqrt(1 - abar') e``, DDIM of eta = 0; see the base class.
+
+        With S = sqrt((1 - abar) / abar) it is Euler's step of x / sqrt(abar) in S, whose logarithm
+        is interpolated linearly between the integer times of the table. At level 0 abar is 1.
+        """
+        latents = at_least_float32(latents)
+        log_snr, next_log_snr = (
+            per_sample(self._log_snr(each), latents) for each in (levels, next_levels)
+        )
+        original, epsilon = self._split(
+            at_least_float32(model_output), latents, log_snr.sigmoid(), (-log_snr).sigmoid()
+        )
+        signal, noise = next_log_snr.sigmoid().sqrt(), (-next_log_snr).sigmoid().sqrt()
+        following: Tensor = signal * original + noise * epsilon
+        return following
+
+    def _log_snr(self, levels: Tensor) -> Tensor:
+        """Return ``log(abar / (1 - abar)) = -2 log S`` [B]; infinite at level 0."""
+        # A schedule of zero terminal SNR has abar = 0 at its end, where S would be infinite.
+        table = self.scheduler.alphas_cumprod.to(levels).logit(eps=_MIN_ABAR)
+        times = self.network_times(levels)
+        below = times.long().clamp(max=len(table) - 2)
+        between = torch.lerp(table[below], table[below + 1], times - below)
+        return between.where(levels > 0, torch.inf)
+
     @property
     def memoryless(self) -> bool:
         """See the base class."""
@@ -118,15 +166,18 @@ class StochasticDDIM(StochasticScheduler):
         abar = per_sample(self._abar[index], latents)
         abar_next = per_sample(self._abar_next[index], latents)
         std = torch.zeros_like(self._std[index]) if deterministic else self._std[index]
-        signal, noise = abar.sqrt(), (1 - abar).sqrt()
-        if self.prediction_type == "epsilon":
-            epsilon = model_output
-            original = (latents - noise * epsilon) / signal
-        elif self.prediction_type == "v_prediction":
-            epsilon = signal * model_output + noise * latents
-            original = signal * latents - noise * model_output
-        else:
-            original = model_output
-            epsilon = (latents - signal * original) / noise
+        original, epsilon = self._split(model_output, latents, abar, 1 - abar)
         towards = (1 - abar_next - per_sample(std, latents).square()).clamp(min=0).sqrt()
         return abar_next.sqrt() * original + towards * epsilon, std, original
+
+    def _split(
+        self, model_output: Tensor, latents: Tensor, abar: Tensor, rest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the clean latents and the noise that the output implies; `rest` is 1 - abar."""
+        signal, noise = abar.sqrt(), rest.sqrt()
+        if self.prediction_type == "epsilon":
+            return (latents - noise * model_output) / signal, model_output
+        if self.prediction_type == "v_prediction":
+            original = signal * latents - noise * model_output
+            return original, signal * model_output + noise * latents
+        return model_output, (latents - signal * model_output) / noise

@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_align.functional.gaussian import gaussian_log_prob, per_sample
+from lit_align.functional.gaussian import at_least_float32, gaussian_log_prob, per_sample
 from lit_align.schedulers.base import StochasticScheduler
 
 FlowKind = Literal["flow", "dance", "cps", "memoryless", "ode"]
@@ -86,13 +86,48 @@ class StochasticFlowMatch(StochasticScheduler):
 
     def corrupt(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(1 - t) x0 + t eps`` and the velocity ``eps - x0``; see the base class."""
-        t = per_sample(timesteps / self.scheduler.config["num_train_timesteps"], latents)
+        t = per_sample(self.noise_levels(timesteps), latents)
         return torch.lerp(latents, noise, t), noise - latents
+
+    def noise_levels(self, timesteps: Tensor) -> Tensor:
+        """Return t; see the base class."""
+        steps: int = self.scheduler.config["num_train_timesteps"]
+        return timesteps / steps
+
+    def clean(self, model_output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Return ``x - t v``; see the base class."""
+        t = per_sample(self.noise_levels(timesteps), latents)
+        return at_least_float32(latents) - t * at_least_float32(model_output)
+
+    def network_times(self, levels: Tensor) -> Tensor:
+        """Return 1000 t, where the level is t itself; see the base class."""
+        steps: int = self.scheduler.config["num_train_timesteps"]
+        return levels * steps
+
+    def advance(
+        self, model_output: Tensor, latents: Tensor, levels: Tensor, next_levels: Tensor
+    ) -> Tensor:
+        """Return ``x + (t' - t) v``; see the base class."""
+        change = per_sample(next_levels - levels, latents)
+        return at_least_float32(latents) + change * at_least_float32(model_output)
 
     @property
     def memoryless(self) -> bool:
         """See the base class."""
         return self.kind == "memoryless"
+
+    def step_sizes(self, timesteps: Tensor) -> Tensor:
+        """Return ``t - t'`` [B]; see the base class."""
+        index = self.index(timesteps)
+        return self._sigmas[index] - self._sigmas[index + 1]
+
+    def gradient_weights(self, timesteps: Tensor) -> Tensor:
+        """Return delta [B], for "dance" times ``1 + s^2 (1 - t) / (2 t)``; see the base class."""
+        weights = super().gradient_weights(timesteps)
+        if self.kind != "dance":
+            return weights
+        t = self._sigmas[self.index(timesteps)]
+        return weights * (1 + self.noise_level**2 * (1 - t) / (2 * t))
 
     @property
     def signal_levels(self) -> Tensor:

@@ -9,12 +9,16 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from lit_align.algorithms import (
+    AWM,
     DDPO,
     TDPO,
+    TPDM,
     AdjointMatching,
     AlignProp,
+    DiffusionNFT,
     DRaFT,
     DRTune,
+    FlowGRPO,
     LargeScaleRL,
     NablaGFlowNet,
     ReFL,
@@ -102,7 +106,7 @@ def maker(method, defaults, memoryless=False):
 
     def make(family="sd", train="lora", reward=None, policy_options=None, **options):
         chosen = {**(policy_options or {})}
-        if memoryless and family == "sd3":
+        if memoryless and family != "sd":
             chosen.setdefault("scheduler", partial(StochasticFlowMatch, kind="memoryless"))
         policy = tiny_policy(family, train=train, **chosen)
         return _make(method, policy, reward or Colorfulness(), defaults, **options)
@@ -110,8 +114,16 @@ def maker(method, defaults, memoryless=False):
     return make
 
 
+def make_tpdm(family="sd", train="none", reward=None, policy_options=None, **options):
+    """The policy stays as it is, whatever `train` says; all images take all steps."""
+    policy = tiny_policy(family, train="none", **(policy_options or {}))
+    options = {"head_width": 8, "num_inner_epochs": 2, **options}
+    return _make(TPDM, policy, reward or Colorfulness(), ONLINE, **options)
+
+
 METHODS = {
     "DDPO": make_ddpo,
+    "FlowGRPO": maker(FlowGRPO, POLICY_GRADIENT),
     "TDPO": make_tdpo,
     "LargeScaleRL": make_large_scale_rl,
     "ReFL": maker(ReFL, {**GRADIENT, "min_step": 1, "max_step": 1, "loss_scale": 1.0}),
@@ -124,6 +136,11 @@ METHODS = {
         memoryless=True,
     ),
     "AdjointMatching": maker(AdjointMatching, {**ONLINE, "late_steps": 1}, memoryless=True),
+    "TPDM": make_tpdm,
+    "DiffusionNFT": maker(DiffusionNFT, ONLINE),
+    "AWM": maker(
+        AWM, {**ONLINE, "minibatch_size": 4, "trained_times": 1, "timestep_fraction": 1.0}
+    ),
 }
 
 

@@ -15,16 +15,20 @@ from tests.algorithms.harness import METHODS, Recorder, fit, make_method, weight
 ATOL = 1e-6
 UPDATES = {  # a round's steps x samples / minibatch, of two tasks each with one more on pairs
     "DDPO": {"sd": 3 * 8 // 8, "sd3": 2 * 8 // 8},
+    "FlowGRPO": {"sd": 3 * 8 // 8, "sd3": 2 * 8 // 8},
     "TDPO": {"sd": 3 * 8 // 4, "sd3": 2 * 8 // 4},
     "LargeScaleRL": {"sd": 2 * (2 * 8 // 4) + 1, "sd3": 2 * (1 * 8 // 4) + 1},
     **{name: {"sd": 2, "sd3": 2} for name in ("ReFL", "DRaFT", "AlignProp", "DRTune")},
     "NablaGFlowNet": {"sd": 2 * 8 // 4, "sd3": 1 * 8 // 4},
     "AdjointMatching": {"sd": 3 * 8 // 8, "sd3": 2 * 8 // 8},
+    "DiffusionNFT": dict.fromkeys(("sd", "sd3"), 2 * 8 // 8),
+    "AWM": dict.fromkeys(("sd", "sd3"), 1 * 8 // 4),
+    "TPDM": dict.fromkeys(("sd", "sd3"), 2 * 8 // 8),  # images, in two passes
 }
 # In SD3's last block nothing reads the text's new states, and so nothing asks for its queries.
 UNREAD = "transformer_blocks.1.attn.add_q_proj"
 
-POLICY_GRADIENTS = ("DDPO", "TDPO", "LargeScaleRL")
+POLICY_GRADIENTS = ("DDPO", "FlowGRPO", "TDPO", "LargeScaleRL")
 CASES = [("sd", "lora", 2), ("sd3", "full", 3)]
 
 
@@ -72,7 +76,15 @@ def halves(names):
     return cases
 
 
-@pytest.mark.parametrize(("name", "family", "train", "guidance_scale"), halves(METHODS))
+# Guidance is an input of Flux, not a second branch.
+FLUX = [
+    ("DDPO", "flux", "full", 3.5), ("FlowGRPO", "flux", "lora", 3.5), ("TPDM", "flux", "none", 3.5),
+    ("DiffusionNFT", "flux", "full", 3.5), ("AWM", "flux", "lora", 3.5),
+    ("AdjointMatching", "flux", "lora", 3.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "family", "train", "guidance_scale"), halves(METHODS) + FLUX)
 def test_one_round(name, family, train, guidance_scale):
     """Only trainable weights move, all of them; before an update the policy is that which sampled.
 
@@ -83,12 +95,13 @@ def test_one_round(name, family, train, guidance_scale):
         name, family, train, reward=ShapesCLIP(), guidance_scale=guidance_scale, weight_decay=0.0,
         **decay,
     )  # fmt: skip
+    updates = UPDATES[name]["sd3" if family == "flux" else family]
     before = {key: value.clone() for key, value in frozen_parts(module).items()}
     trained = weights(module, True)
     recorder = Recorder()
     trainer = fit(module, callbacks=[recorder])
 
-    assert trainer.global_step == len(recorder.gradients) == UPDATES[name][family]
+    assert trainer.global_step == len(recorder.gradients) == updates
     for key, value in frozen_parts(module).items():
         assert value.grad is None, key
         assert torch.equal(value, before[key]), key
@@ -104,7 +117,7 @@ def test_one_round(name, family, train, guidance_scale):
     if name not in POLICY_GRADIENTS:
         assert recorder.metrics[0]["train/grad_norm"] > 0
         return
-    starts = [0, UPDATES[name][family] // 2] if name == "LargeScaleRL" else [0]
+    starts = [0, updates // 2] if name == "LargeScaleRL" else [0]
     for start in starts:  # of each task
         logged = recorder.metrics[start]
         assert logged["train/ratio"] == pytest.approx(1, abs=ATOL)
@@ -139,6 +152,7 @@ PAIRS = {"minibatch_size": 8, "pretraining_batch_size": 6}
     [
         ("DDPO", {"minibatch_order": "sample_major"}, {"minibatch_size": 24}, 3, 1),
         ("DDPO", {"minibatch_order": "timestep_major"}, {"minibatch_size": 24}, 3, 1),
+        ("FlowGRPO", {"ratio": "norm", "beta": 0.1}, {"minibatch_size": 24}, 3, 1),
         ("TDPO", {}, {"minibatch_size": 8}, 2, 3),  # one for each step
         ("LargeScaleRL", {"pretraining_steps": 2} | ALL_STEPS, PAIRS, 2, 2 * 3 + 2),
         ("LargeScaleRL", {"pretraining": "weighted"} | ALL_STEPS, PAIRS, 2, 2 * 3),
@@ -148,6 +162,9 @@ PAIRS = {"minibatch_size": 8, "pretraining_batch_size": 6}
         ("DRTune", {}, {"minibatch_size": 4}, 2, 2),
         ("NablaGFlowNet", {}, {"minibatch_size": 8}, 2, 2),
         ("AdjointMatching", {}, {"minibatch_size": 24}, 3, 1),
+        ("DiffusionNFT", {}, {"minibatch_size": 12}, 2, 2),
+        ("AWM", {"trained_times": 2}, {"minibatch_size": 8}, 2, 2),
+        ("TPDM", {}, {"minibatch_size": 8}, 2, 2),
     ],
 )
 def test_accumulation_equals_one_large_minibatch(name, options, sizes, accumulate, updates):

@@ -199,3 +199,13 @@ def test_long_prompts_are_counted_before_training():
     loader = PromptLoader([(f"a {words} circle", None), ("a circle", None)] * 2, 4, shuffle=True)
     with pytest.warns(UserWarning, match="2 of 4 prompts are longer than the text encoder reads"):
         module.experience(loader)
+
+
+def test_evaluation_in_more_steps_leaves_the_rounds_as_they_are():
+    """The scheduler is shared: its timetable is that of the last one who sampled."""
+    module = make_ddpo("sd3", eval_num_inference_steps=6)
+    trainer = fit(module, val=True, num_sanity_val_steps=1, max_epochs=2)
+    module.policy.scheduler.set_timesteps(6)
+    assert module.plan.steps == (0, 1)
+    assert trainer.num_training_batches == module.plan.minibatches == 2
+    assert trainer.global_step == 2 * 2

@@ -180,6 +180,17 @@ def test_a_new_run_starts_a_new_average():
     assert_equal(ema.average, recorder.steps[0])
 
 
+def test_a_young_average_forgets_its_start():
+    # After n = 1, 2, 3 updates the past weighs (1 + n) / (10 + n), at most 0.3.
+    ema, recorder = AdapterEMA(decay=0.3, warm_up=True), Recorder()
+    fit(make_ddpo(), callbacks=[ema, recorder])
+    expected = recorder.steps[0]
+    for decay, step in zip((2 / 11, 3 / 12, 0.3), recorder.steps[1:], strict=True):
+        expected = {n: decay * a + (1 - decay) * step[n] for n, a in expected.items()}
+    for name, average in ema.average.items():
+        torch.testing.assert_close(average, expected[name], atol=1e-7, rtol=1e-6)
+
+
 class Progress:
     """What the callback reads of a trainer."""
 

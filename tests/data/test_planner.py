@@ -1,7 +1,10 @@
+from collections import Counter
+
 import pytest
 import torch
 
 from lit_align.data.planner import RoundPlan, strata
+from lit_align.data.prompts import PromptLoader
 
 
 @pytest.mark.parametrize("count", [2, 7, 19, 50])
@@ -69,3 +72,24 @@ def test_draws_from_a_pool_are_uniform():
 def test_without_pools_all_steps_are_one():
     one = make_plan(pools=((tuple(range(10)), 4),))
     assert drawn(make_plan(pools=())) == drawn(one)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_prompt_of_a_round_has_its_number_of_samples(world):
+    """Over all processes, with its whole group on one of them; other prompts in the next round."""
+    prompts = [(f"prompt {i}", None) for i in range(40)]
+    options = {"prompts_per_round": 8, "samples_per_prompt": 3, "trained_steps": 4}
+    plans = [make_plan(**options, rank=rank, world_size=world) for rank in range(world)]
+    loaders = [PromptLoader(prompts, 1, shuffle=True) for _ in plans]
+    rounds = []
+    for number in range(2):
+        parts = [p.deal(loader, number) for p, loader in zip(plans, loaders, strict=True)]
+        counts = Counter(prompt for part in parts for prompt in part.prompts)
+        assert len(counts) == 8
+        assert set(counts.values()) == {3}
+        for part in parts:
+            assert set(Counter(part.prompts).values()) == {3}
+            assert set(Counter(part.group_ids.tolist()).values()) == {3}
+            assert len(set(zip(part.prompts, part.group_ids.tolist(), strict=True))) == 8 // world
+        rounds.append(set(counts))
+    assert not rounds[0] & rounds[1]

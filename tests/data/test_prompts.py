@@ -106,8 +106,13 @@ def test_shipped_lists_are_what_their_generator_writes():
         assert caption(Facts.from_metadata(metadata)) == text
 
 
-def test_lists_of_relations_and_open_colours():
+def test_lists_of_relations_numbers_and_open_colours():
     lists = shapes_prompts.prompt_lists()
+    # All there are, 288 = 18 x 4 x (3 + 1): a shape with a seen colour or none, 3 backgrounds or
+    # none; two objects with 2 sizes or none, or three.
+    for name, count in (("shapes-counts", 261), ("shapes-counts-heldout", 27)):
+        assert len(set(lists[name])) == len(lists[name]) == count
+        assert {f.kind for f in lists[name]} == {"count"}
     for name, count in (("shapes-relations", 1000), ("shapes-relations-heldout", 192)):
         assert len(set(lists[name])) == len(lists[name]) == count
         assert {f.kind for f in lists[name]} == {"relation"}

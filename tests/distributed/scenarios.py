@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lit_align.algorithms import Task
 from lit_align.algorithms.sharding import whole
 from lit_align.callbacks import CrossRewardCallback, NeuronResetCallback, SampleGallery
+from lit_align.data.windows import StepWindow
 from lit_align.rewards import Colorfulness, RewardModule
 from lit_align.trajectory import Trajectory
 from tests.algorithms.harness import (
@@ -36,6 +37,10 @@ STRATEGIES = ("ddp", "fsdp2")
 ROUNDS = 2
 METHODS = {
     "DDPO": {"family": "sd", "train": "lora", "beta": 0.1},
+    "FlowGRPO": {
+        "family": "sd3", "train": "full", "num_inference_steps": 4, "window": StepWindow(2),
+        "ratio": "norm", "beta": 0.1, "kl": "drift",
+    },
     "TDPO": {
         "family": "sd3", "train": "full", "lr_critic": 2e-3, "kl_coef": 0.1, "kl_target": 1e-3,
     },
@@ -46,12 +51,22 @@ METHODS = {
     "DRTune": {"family": "sd", "train": "lora"},
     "NablaGFlowNet": {"family": "sd3", "train": "full", "timestep_fraction": 0.5},
     "AdjointMatching": {"family": "sd", "train": "lora"},
+    "DiffusionNFT": {"family": "sd3", "train": "full", "kl_beta": 0.1},
+    "AWM": {
+        "family": "sd", "train": "lora", "num_inference_steps": 4, "trained_times": 2,
+        "kl_beta": 0.1,
+    },
+    "TPDM": {
+        "family": "sd3", "train": "none", "num_inference_steps": 6, "kl_coef": 0.1,
+        "shared_init_noise": True,
+    },
 }  # fmt: skip
 # Each of the first three under both strategies, each of the others under one.
 RUNS = [
     *((method, strategy) for method in ("DDPO", "TDPO", "LargeScaleRL") for strategy in STRATEGIES),
     *(("ReFL", "ddp"), ("DRaFT", "fsdp2"), ("AlignProp", "ddp"), ("DRTune", "fsdp2")),
-    *(("NablaGFlowNet", "fsdp2"), ("AdjointMatching", "ddp")),
+    *(("NablaGFlowNet", "fsdp2"), ("AdjointMatching", "ddp"), ("FlowGRPO", "fsdp2")),
+    *(("DiffusionNFT", "fsdp2"), ("AWM", "ddp"), ("TPDM", "fsdp2")),
 ]
 # Gradients of untrained models are tiny, and AdamW's epsilon would hide them.
 SCALE = {"loss_scale": 1e3}
@@ -60,16 +75,19 @@ SCALE = {"loss_scale": 1e3}
 # minibatches on one process and in one on two, and the updates would differ.
 SIZES = {
     "DDPO": {"minibatch_size": 12},
+    "FlowGRPO": {"minibatch_size": 8},
     "TDPO": {"minibatch_size": 4},
     "LargeScaleRL": {"minibatch_size": 8, "pretraining_batch_size": 4},
     **{name: {"minibatch_size": 4} for name in ("ReFL", "DRaFT", "AlignProp", "DRTune")},
     "NablaGFlowNet": {"minibatch_size": 8},
     "AdjointMatching": {"minibatch_size": 12},
+    **{name: {"minibatch_size": 8} for name in ("DiffusionNFT", "AWM", "TPDM")},
 }
 # Updates to the middle of the first round, of 4 of TDPO's, 5 of LargeScaleRL's (there of the second
 # task), and 2 of the others.
 MIDDLE = {**dict.fromkeys(METHODS, 1), "TDPO": 2, "LargeScaleRL": 3}
-ONLINE = ("DDPO", "TDPO", "LargeScaleRL", "NablaGFlowNet", "AdjointMatching")
+ONLINE = ("DDPO", "FlowGRPO", "TDPO", "LargeScaleRL", "NablaGFlowNet", "AdjointMatching",
+          "DiffusionNFT", "AWM", "TPDM")  # fmt: skip
 RESET = 5  # updates
 TIMEOUT = 600  # seconds
 
@@ -77,6 +95,8 @@ TIMEOUT = 600  # seconds
 # softmax or a normalisation) would be blown up to steps of size lr with the default of 1e-8; the
 # others are larger than this by orders.
 EPS = 1e-6
+# Schedules on which images take different numbers of steps, on either process.
+UNEVEN = {"num_inference_steps": 12, "t_min": 0.2, "init_alpha": 1.5, "init_beta": 0.5}
 FROZEN_BF16 = {"train": "lora", "policy_options": {"dtype": "bfloat16"}}
 
 
@@ -97,7 +117,7 @@ def make(method, rank=0, parts=1, **options):
     # Rollouts in equal batches are equal bit by bit, else a pixel is rounded to another level now
     # and then.
     online = {"rollout_batch_size": 4} if method in ONLINE else SCALE
-    clipped = {"clip_range": 1e-2} if method in ("DDPO", "TDPO", "LargeScaleRL") else {}
+    clipped = {"clip_range": 1e-2} if method in ("DDPO", "FlowGRPO", "TDPO", "LargeScaleRL") else {}
     common = {**online, **clipped, "lr": 1e-3, "adam_epsilon": EPS}
     return make_method(method, **{**METHODS[method], **common, **sizes, **options})
 
@@ -195,6 +215,7 @@ def references(folder):
     """What one process makes of it."""
     for method in METHODS:
         run(folder, f"{method}-one", method)
+    run(folder, "uneven-one", "TPDM", rounds=1, **UNEVEN)
     watch(folder, "watched-one")
 
 
@@ -206,6 +227,7 @@ def both(folder):
         run(folder, f"{name}-resumed", method, strategy, resume=within_a_round(folder, method))
     for strategy in STRATEGIES:
         run(folder, f"TDPO-{strategy}-accumulated", "TDPO", strategy, accumulate=2, rounds=1)
+    run(folder, "uneven", "TPDM", "fsdp2", rounds=1, **UNEVEN)
     run(folder, "frozen-bf16", "TDPO", "fsdp2", rounds=1, precision="bf16-mixed", **FROZEN_BF16)
     run(folder, "all-bf16", "TDPO", "fsdp2", rounds=1, precision="bf16-true")
     watch(folder, "watched-fsdp2", "fsdp2")

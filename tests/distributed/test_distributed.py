@@ -138,6 +138,21 @@ def test_one_process_continues_the_run_of_two(folder, name):
     assert_near(continued["weights"], left_by(folder, one(name))["weights"])
 
 
+def test_processes_whose_images_take_different_steps_call_a_sharded_network_together(folder):
+    """Else they would wait for each other for ever."""
+    expected = left_by(folder, "uneven-one")
+    (whole,) = expected["rounds"]
+    halves = [left_by(folder, "uneven", rank) for rank in range(2)]
+    order = torch.cat([half["rounds"][0]["positions"] for half in halves]).argsort()
+    latents = torch.cat([half["rounds"][0]["latents"] for half in halves])[order]
+    torch.testing.assert_close(latents, whole["latents"], atol=ATOL, rtol=0)
+    counted = [half["logs"][-1]["denoiser_calls"] for half in (expected, *halves)]
+    assert len(set(counted)) == 1  # those of the other's sake do not count
+    assert counted[0] < 8 * 12
+    for half in halves:
+        assert_near(half["weights"], expected["weights"])
+
+
 def test_fsdp2_trains_float32_adapters_on_a_bfloat16_base(folder):
     weights = left_by(folder, "frozen-bf16")["weights"]
     moved = [w.abs().max() for name, w in weights.items() if "lora_B" in name]

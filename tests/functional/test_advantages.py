@@ -1,3 +1,5 @@
+from statistics import mean
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,9 @@ from lit_align.functional.advantages import (
     PromptStatistics,
     batch_advantages,
     group_advantages,
+    leave_one_out_advantages,
+    step_discount,
+    zero_std_fraction,
 )
 
 RTOL = 1e-5
@@ -85,6 +90,79 @@ def test_global_std_does_not_depend_on_the_order_of_groups():
     torch.testing.assert_close(straight[order], shuffled)
 
 
+def test_share_of_groups_that_teach_nothing():
+    nan = torch.nan
+    rewards = torch.tensor([1.0, 1.0, 1.0, 2.0, nan, 3.0, nan, nan, 5.0, 4.0])
+    groups = torch.arange(10) // 2  # equal, different, one known, none known, different
+    assert zero_std_fraction(rewards, groups) == 3 / 5
+    order = torch.randperm(10)
+    assert zero_std_fraction(rewards[order], groups[order]) == 3 / 5
+
+
 def test_bad_sizes_are_named():
     with pytest.raises(ValueError, match=r"min_count.*\[1, buffer_size = 4\], got 5"):
         PromptStatistics(buffer_size=4, min_count=5)
+
+
+def test_leave_one_out_by_the_loop_of_its_definition():
+    rewards = torch.tensor([0.3, 1.0, -2.0, 0.7, 5.0], dtype=torch.float64)
+    groups = torch.tensor([4, 9, 4, 9, 4])
+    expected = [
+        r - mean(o.item() for j, o in enumerate(rewards) if j != i and groups[j] == g)
+        for i, (r, g) in enumerate(zip(rewards.tolist(), groups.tolist(), strict=True))
+    ]
+    found = leave_one_out_advantages(rewards, groups)
+    assert found.tolist() == pytest.approx(expected)
+    for group in (4, 9):
+        assert found[groups == group].sum().item() == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(leave_one_out_advantages(rewards + 7, groups), found)
+
+
+def test_unscored_images_stay_out_of_the_others_baseline():
+    nan = torch.nan
+    rewards, groups = torch.tensor([1.0, nan, 4.0, 2.0, nan]), torch.tensor([0, 0, 0, 1, 1])
+    found = leave_one_out_advantages(rewards, groups)
+    expected = torch.tensor([-3.0, nan, 3.0, nan, nan]).double()  # one of group 1 has no other
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_leave_one_out_is_an_unbiased_estimate_of_the_gradient(count):
+    """Exactly, over all tuples of a bandit; the mean of the whole group loses 1 / k of it."""
+    logits, rewards = torch.tensor([0.2, -0.5, 1.0]).double(), torch.tensor([1.0, 3.0, -2.0])
+    chances = logits.softmax(0)
+    truth = chances * (rewards - chances @ rewards.double())  # of the mean reward
+    tuples = torch.cartesian_prod(*[torch.arange(3)] * count)
+    weight = chances[tuples].prod(dim=1)
+    scores = torch.eye(3).double()[tuples] - chances  # of each arm's log-probability
+
+    groups = torch.arange(len(tuples)).repeat_interleave(count)
+    left_out = leave_one_out_advantages(rewards[tuples].flatten(), groups).view_as(tuples)
+    centred = rewards[tuples] - rewards[tuples].mean(dim=1, keepdim=True)
+    for advantages, share in ((left_out, 1.0), (centred.double(), (count - 1) / count)):
+        estimates = (advantages[..., None] * scores).mean(dim=1)
+        torch.testing.assert_close(weight @ estimates, share * truth, atol=1e-6, rtol=1e-6)
+
+
+DISCOUNTS = {
+    0.85: (1, 0.7417, 0.5354, 0.4056, 0.3204, 0.2356),
+    0.90: (1, 0.8190, 0.6513, 0.5294, 0.4392, 0.3385),
+    0.95: (1, 0.9049, 0.8025, 0.7156, 0.6415, 0.5444),
+    0.97: (1, 0.9418, 0.8753, 0.8150, 0.7603, 0.6831),
+}
+
+
+@pytest.mark.parametrize("gamma", DISCOUNTS)
+def test_discount_of_a_reward_by_the_number_of_steps(gamma):
+    steps = torch.tensor([1, 5, 10, 15, 20, 28])
+    found = step_discount(steps, gamma)
+    assert found.tolist() == pytest.approx(DISCOUNTS[gamma], abs=5e-5)
+    sums = [mean(gamma ** (n - 1 - i) for i in range(n)) for n in steps.tolist()]
+    assert found.tolist() == pytest.approx(sums, rel=1e-12)
+    assert (step_discount(torch.arange(1, 41), gamma).diff() < 0).all()
+
+
+def test_no_discount_as_gamma_goes_to_one():
+    steps = torch.arange(1, 41)
+    assert torch.equal(step_discount(steps, 1.0), torch.ones(40).double())
+    torch.testing.assert_close(step_discount(steps, 1 - 1e-9), torch.ones(40).double())

@@ -3,13 +3,20 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lit_align.functional.noise import sample_generators
-from lit_align.policies import DiffusionPolicy, SD3Policy, StableDiffusionPolicy, adapters
+from lit_align.policies import (
+    DiffusionPolicy,
+    FluxPolicy,
+    SD3Policy,
+    StableDiffusionPolicy,
+    adapters,
+)
 from lit_align.policies.adapters import LORA_FILE
 from tests.conftest import tiny_pipeline, tiny_policy
 
 ATOL = 1e-6
 PROMPTS = ["a red circle", "two small blue squares", "a triangle"]
-FAMILIES = [("sd", "epsilon"), ("sd", "v_prediction"), ("sd3", "flow")]
+FAMILIES = [("sd", "epsilon"), ("sd", "v_prediction"), ("sd3", "flow"), ("flux", "flow")]
+ALL = pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
 
 
 def sample(policy, guidance_scale=3.0, steps=4, **options):
@@ -46,7 +53,7 @@ def test_ratio_is_one_before_the_first_update(family, prediction, guidance_scale
         assert (ratio - 1).abs().max() < ATOL
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
+@ALL
 def test_trajectory_shapes(family):
     policy = tiny_policy(family)
     trajectory = sample(policy)
@@ -57,7 +64,21 @@ def test_trajectory_shapes(family):
     images = policy.decode(trajectory.latents[:, -1])
     assert images.shape == (3, 3, *policy.image_size) == (3, 3, 32, 32)
     assert 0 <= images.min() < images.max() <= 1
-    assert policy.latent_shape(64, 32) == (4, 16, 8)
+    if family != "flux":  # whose times would be others
+        assert policy.latent_shape(64, 32) == (4, 16, 8)
+
+
+@ALL
+def test_images_of_another_size(family):
+    policy = tiny_policy(family, image_size=(32, 16))
+    assert policy.latent_shape() == (4, 8, 4)
+    images = policy.decode(sample(policy, steps=2).latents[:, -1])
+    assert images.shape == (3, 3, *policy.image_size) == (3, 3, 32, 16)
+    assert tiny_policy(family, image_size=16).image_size == (16, 16)
+    step = {"sd": 4, "sd3": 8, "flux": 8}[family]
+    for size in (step * 3 + step // 2, 0, -step):
+        with pytest.raises(ValueError, match=f"multiples of {step} pixels, got .{size}, {size}"):
+            tiny_policy(family, image_size=size)
 
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
@@ -86,23 +107,23 @@ def test_gradient_through_the_branches_of_guidance(cfg_grad, share):
     torch.testing.assert_close(outputs.grad[3:], torch.full_like(latents, 3.0))
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
-def test_deterministic_sampling_equals_the_plain_pipeline(family):
-    policy = tiny_policy(family, train="none")
-    options = {"max_sequence_length": 0} if family == "sd3" else {}
+@pytest.mark.parametrize("size", [32, (32, 16)])
+@ALL
+def test_deterministic_sampling_equals_the_plain_pipeline(family, size):
+    policy = tiny_policy(family, train="none", image_size=size)
     expected = policy.pipeline(
         PROMPTS,
         num_inference_steps=4,
         guidance_scale=3.0,
         generator=sample_generators("test", 0, 0, range(3)),
         output_type="pt",
-        **options,
+        **policy.call_options,
     ).images
     images = policy.decode(sample(policy, stochastic_steps=()).latents[:, -1])
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
+@ALL
 def test_only_the_chosen_part_is_trainable(family):
     def trainable(train):
         policy = tiny_policy(family, train=train)
@@ -176,7 +197,7 @@ def test_adapters_by_name():
         pass
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
+@ALL
 def test_exported_lora_loads_in_plain_diffusers(family, tmp_path):
     # alpha differs from rank: without the stored configuration diffusers would take scale 1.
     policy = tiny_policy(family, train="lora", lora_rank=2, lora_alpha=7)
@@ -195,19 +216,19 @@ def test_exported_lora_loads_in_plain_diffusers(family, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-@pytest.mark.parametrize("family", ["sd", "sd3"])
+@ALL
 def test_full_pipeline_folder_round_trips(family, dtype, tmp_path):
     policy = tiny_policy(family, train="full")
     perturb(policy)
     policy.save_pretrained(tmp_path, dtype)
-    opened = DiffusionPolicy.from_pretrained(str(tmp_path), train="none")
-    assert type(opened) is {"sd": StableDiffusionPolicy, "sd3": SD3Policy}[family]
+    opened = DiffusionPolicy.from_pretrained(str(tmp_path), train="none", image_size=32)
+    classes = {"sd": StableDiffusionPolicy, "sd3": SD3Policy, "flux": FluxPolicy}
+    assert type(opened) is classes[family]
     # A folder stored in float16 must open in plain diffusers without asking for a dtype.
     absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}
     absent |= {"safety_checker": None} if family == "sd" else {}
     plain = type(policy.pipeline).from_pretrained(str(tmp_path), **absent)
-    options = {"max_sequence_length": 0} if family == "sd3" else {}
-    plain("a red circle", num_inference_steps=2, output_type="latent", **options)
+    plain("a red circle", num_inference_steps=2, output_type="latent", **opened.call_options)
     dtypes = {p.dtype for p in opened.parameters()}
     assert dtypes == {torch.float32}
     tolerance = 1e-6 if dtype is None else 0.05

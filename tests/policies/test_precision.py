@@ -12,9 +12,10 @@ from tests.conftest import tiny_pipeline, tiny_policy
 
 RATIO_ATOL = 1e-2
 PRECISIONS = {"bf16-mixed": "lora", "bf16-true": "full"}
-TABLES = {"sd": ("_abar", "_abar_next", "_std"), "sd3": ("_sigmas", "timesteps")}
+FLOW = ("_sigmas", "timesteps")
+TABLES = {"sd": ("_abar", "_abar_next", "_std"), "sd3": FLOW, "flux": FLOW}
 BOTH = pytest.mark.parametrize("precision", PRECISIONS)
-FAMILIES = pytest.mark.parametrize("family", ["sd", "sd3"])
+FAMILIES = pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
 
 
 class Witness(Colorfulness):
@@ -138,7 +139,7 @@ def test_reference_follows_the_trained_weights_to_16_bits():
         assert torch.equal(policy.predict(latents, timesteps, conditioning, 1.0), trained)
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", ["sd", "sd3"])
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("DDPO", "TDPO")])
 def test_methods_train_under_bfloat16_autocast(name, family):
     """Finite and moving weights, rewards and their gradients in float32."""

@@ -287,3 +287,17 @@ def test_signal_levels_and_changes_of_the_output():
     one, two = (scheduler.step(output, scheduler.timesteps, x) for output in (v, other))
     change = scheduler.output_change(scheduler.timesteps, two.pred_original - one.pred_original)
     torch.testing.assert_close(change, other - v, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flow", "dance", "cps", "memoryless"])
+def test_lengths_and_gradient_weights_of_steps(kind):
+    # Eq. (12) of arXiv:2510.22319: delta = 1 / h, for dance times 1 + s^2 (1 - t) / (2 t).
+    scheduler = make(kind, 0.3)
+    order = torch.tensor([4, 0, 8])
+    sigmas = scheduler.sigmas.double()
+    t, h = sigmas[order], sigmas[order] - sigmas[order + 1]
+    times = scheduler.timesteps[order]
+    torch.testing.assert_close(scheduler.step_sizes(times).double(), h, rtol=1e-4, atol=0)
+    factor = 1 + 0.09 * (1 - t) / (2 * t) if kind == "dance" else 1
+    found = scheduler.gradient_weights(times).double()
+    torch.testing.assert_close(found, factor / h, rtol=1e-4, atol=0)

@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from lit_align.benchmarks import schedules as benchmark
+from lit_align.benchmarks.schedules import MANY, SHIFTS, STEPS, baseline, noise_levels, table, walk
+from lit_align.functional.noise import randn
+from tests.conftest import tiny_policy
+
+
+def row(name, seed, steps, verifier, error=0.02):
+    parts = {"steps": steps, "steps_single": steps - 1, "steps_composed": steps + 1}
+    rewards = {"verifier": verifier, "verifier_se": error, "clip": verifier, "clip_se": error}
+    return {"schedule": name, "seed": seed, **parts, **rewards}
+
+
+def fixed_rows(quality):
+    return [
+        row(f"{shape} {steps}", seed, steps, quality(shape, steps) + 0.01 * (seed - 1))
+        for seed in range(3)
+        for shape in SHIFTS
+        for steps in (*STEPS, MANY)
+    ]
+
+
+def test_levels_of_fixed_schedules():
+    torch.testing.assert_close(noise_levels(4), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+    torch.testing.assert_close(noise_levels(2, 3.0), torch.tensor([1, 0.75, 0]))  # 1.5 / 2
+    assert (noise_levels(20, 3.0)[1:-1] > noise_levels(20)[1:-1]).all()
+
+
+def test_a_fixed_schedule_takes_the_familys_own_steps():
+    """Flow matching at its own times is the sampler that everything else uses."""
+    policy = tiny_policy("sd3", train="none")
+    conditioning = policy.encode_prompt(["a red circle", "two squares"])
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "stochastic_steps": ()}
+    seeds = [torch.Generator().manual_seed(k) for k in range(2)]
+    expected = policy.sample(conditioning, generator=seeds, **options).latents[:, -1]
+    seeds = [torch.Generator().manual_seed(k) for k in range(2)]
+    found = walk(policy, conditioning, seeds, policy.scheduler.sigmas, 1.0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    noise = randn(policy.latent_shape(), [torch.Generator().manual_seed(k) for k in range(2)])
+    assert (found - noise).abs().max() > 0.1
+
+
+def test_the_baseline_is_the_fewest_steps_as_good_as_many():
+    # 50 steps of the better shape: 0.5; within 0.02 of it are "shifted" ones from 7 on.
+    quality = {"uniform": lambda n: 0.45, "shifted": lambda n: 0.5 if n > 6 else 0.4}
+    rows = fixed_rows(lambda shape, steps: quality[shape](steps))
+    assert baseline(rows, "verifier") == 7
+    assert baseline([{**r, "verifier_se": 0.06} for r in rows], "verifier") == 3
+    assert baseline([{**r, "verifier_se": 0.0} for r in rows], "verifier") == 7
+    rising = fixed_rows(lambda shape, steps: steps / 100)
+    assert baseline(rising, "verifier") == MANY
+
+
+def test_the_table_holds_means_and_spreads():
+    rows = [row("gamma 0.9", seed, 8.0 + seed, 0.5 + seed / 10) for seed in range(3)]
+    line = table(rows).splitlines()[-1]
+    cells = ["gamma 0.9", "9.0 ± 1.0", "0.600 ± 0.100", "0.600 ± 0.100", "8.0 ± 1.0", "10.0 ± 1.0"]
+    assert line == f"| {' | '.join(cells)} |"
+    assert "| uniform 3 | 3 |" in table([row("uniform 3", s, 3.0, 0.5) for s in range(3)])
+
+
+def test_rows_that_are_known_are_not_computed_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "STEPS", (1, 2))
+    monkeypatch.setattr(benchmark, "MANY", 3)
+    options = {"pretrained": "shapes-sd3", "output": str(tmp_path / "out"), "count": 4}
+    benchmark.schedules(**options, seeds=1)
+    assert capsys.readouterr().out.count("'seed': 0") == 6
+    written = (tmp_path / "out.csv").read_text(encoding="utf-8")
+    benchmark.schedules(**options, seeds=2)
+    out = capsys.readouterr().out
+    assert out.count("'seed': 1") == 6
+    assert "'seed': 0" not in out
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8").startswith(written)
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_a_run_without_a_schedule_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        benchmark._learned(None, str(tmp_path / "nothing"))
