@@ -23,7 +23,8 @@ Deviations:
     2. std is that of all rewards of the round, as in the code; the paper's is `advantage_norm:
        group`. Images without advantage keep their place with weight 0; the code drops them.
     3. log r of "norm" is computed as it stands, not as S (log r + mean(D^2) / (2 S^2)), which is
-       the same but for rounding, and for "cps" needs the density. delta is 1 with "plain".
+       the same but for rounding, and for "cps" needs the density. delta is 1 with "plain", and
+       has a factor for "dance" noise (see `StochasticFlowMatch.gradient_weights`).
     4. In flow matching the last step adds no noise, and so it is not trained; in DDIM it is left
        out by `drop_last_step`.
 """
@@ -66,7 +67,7 @@ class FlowGRPO(OnlineModule):
 
     Args:
         clip_range: Of the ratio; the paper's 1e-4 is for 64x64x16 latents, and 1e-5 for a window
-            or "cps" (both in the code). With `trust: kl_mask` it is only logged by.
+            or "cps" (both in the code). With `trust: kl_mask` it serves the logs only.
         beta: Weight of the penalty on the divergence from the pretrained model; 0 for none. The
             paper's 0.04 or 0.01 is for "drift"; about 1e-3 is usual for "velocity".
         kl: That divergence. "velocity" does not grow where the noise is small; see above.

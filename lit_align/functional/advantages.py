@@ -69,14 +69,13 @@ def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
         rewards: [B].
         group_ids: [B] integers, equal within a group.
     """
-    rewards = rewards.double()
-    advantages = torch.full_like(rewards, torch.nan)
-    for group in group_ids.unique():
-        member = (group_ids == group) & ~rewards.isnan()
-        values = rewards[member]
-        if len(values) > 1:
-            advantages[member] = (values - values.mean()) * len(values) / (len(values) - 1)
-    return advantages
+    rewards, valid = rewards.double(), ~rewards.isnan()
+    groups, places = group_ids.unique(return_inverse=True)
+    sums = rewards.new_zeros(2, len(groups))  # of each group, its rewards and their number
+    sums.index_add_(1, places, torch.stack([rewards.where(valid, 0.0), valid.double()]))
+    total, count = sums[:, places]
+    advantages = rewards - (total - rewards) / (count - 1)
+    return advantages.where(count > 1, torch.nan)
 
 
 def step_discount(steps: Tensor, gamma: float) -> Tensor:

@@ -25,6 +25,7 @@ from tests.conftest import tiny_policy
 
 ATOL = 1e-6
 T_MIN = 0.4
+NODES = 10
 GAMMA = 0.7
 
 
@@ -53,7 +54,7 @@ def module_of(**options):
     return module
 
 
-def nodes(low, high, count=10):
+def nodes(low, high, count=NODES):
     """Return Gauss-Legendre nodes and weights on an interval."""
     matrix = torch.zeros(count, count, dtype=torch.float64)
     k = torch.arange(1, count, dtype=torch.float64)
@@ -70,7 +71,7 @@ def paths():
     """
     below, above = nodes(0.0, T_MIN), nodes(T_MIN, 1.0)
     whole = [torch.cat(parts) for parts in zip(below, above, strict=True)]
-    short = torch.stack([below[0], torch.zeros(10).double()], dim=1)
+    short = torch.stack([below[0], torch.zeros(NODES).double()], dim=1)
     long = torch.cartesian_prod(above[0], whole[0])
     weight = torch.cat([below[1], torch.cartesian_prod(above[1], whole[1]).prod(dim=1)])
     steps = torch.tensor([1] * len(short) + [2] * len(long))
