@@ -18,6 +18,14 @@ from lit_align.policies.blueprints import build_shapes_flux, build_shapes_sd, bu
 # Results must not depend on how many cores there are, and the networks are too small to share.
 torch.set_num_threads(1)
 
+# Files that take a minute or more: first, so that both workers end together.
+LONG = {"test_distributed", "test_notebooks", "test_resume", "test_cli"}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 GOLDEN = Path(__file__).parent / "golden"
 

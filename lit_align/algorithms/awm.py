@@ -4,24 +4,24 @@ The policy gradient with the pretraining loss in the place of minus the log-prob
 better than others of their prompt are learned as data are, worse ones are unlearned.
 
     sample x_0,  A = advantage_max clip((reward - mean of its prompt) / (std + eps), +-c) / c
-    (x_t, target) = corrupt(x_0, eps, t)   for a time t of each stratum, first and last left out
+    (x_t, target) = corrupt(x_0, eps, t)   for a time t of each stratum, see `time_strata`
     l = mean |network(x_t) - target|^2,    log p = -w(l)
         uniform l     t  t l     t2  t^2 l     huber  t (sqrt(l + e) - sqrt(e))
         ghuber  (t / p) ((l + e)^p - e^p)                              p = ghuber_power, e = 1e-10
     ratio = exp(log p - log p_old) at the same t and eps
     L = max(-A ratio, -A clip(ratio, 1 +- clip_range))
         + kl_beta mean |network - pretrained|^2 + ema_beta mean |network - averaged|^2
-    after each round of updates:  averaged <- d averaged + (1 - d) network,  d = min(0.001 n, ema_decay)
+    after each round:  averaged <- d averaged + (1 - d) network,  d = min(0.001 updates, ema_decay)
 
 Deviations:
     1. Times are drawn for each sample; the official code draws them for each minibatch, as
        `step_choice: shared` does for the round.
-    2. x_0 comes from the sampler of evaluation (Euler, DDIM) instead of SA-Solver, and is final:
-       there is no option for other distributions of times.
+    2. x_0 comes from the sampler of evaluation (Euler, DDIM) instead of SA-Solver. The official
+       code's other distributions of times (logit-normal, uniform) are left out.
     3. For networks that predict noise, t is the share of noise in x_t.
     4. Log-probabilities of the policy that sampled are computed for the pairs of a round's second
        update on only: at the first one it is the policy itself.
-"""  # noqa: E501 - the box reads best in lines
+"""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def weighted_error(error: Tensor, times: Tensor, weighting: Weighting, power: fl
 
 
 def time_strata(count: int, fraction: float, trained: int) -> tuple[Pool, ...]:
-    """Return `trained` pools of one time each to draw: those from 1 to `fraction` of all, cut.
+    """Return `trained` pools of one time each to draw: the times of a range, cut evenly.
+
+    The range leaves out the first time, pure noise, and those after `fraction` of all.
 
     Args:
         count: T, how many times there are.
@@ -128,8 +130,7 @@ class AWM(ForwardProcessModule):
             num_inference_steps=num_inference_steps, **options,
         )  # fmt: skip
         check_choice("weighting", weighting, Weighting)
-        if min(clip_range, advantage_max) <= 0:
-            given = f"{clip_range} and {advantage_max}"
+        if min(given := (clip_range, advantage_max)) <= 0:
             raise ValueError(f"`clip_range` and `advantage_max` must be positive, got {given}.")
         if not (0 < ghuber_power <= 1 and 0 <= ema_decay < 1 and ema_beta >= 0):
             raise ValueError(

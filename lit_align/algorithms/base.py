@@ -168,9 +168,8 @@ class AlignmentModule(LightningModule, ABC):
 
     def adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return AdamW over groups of parameters, which may have options of their own."""
-        betas, epsilon = self.adam_betas, self.adam_epsilon
-        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
-        return torch.optim.AdamW(groups, betas=betas, eps=epsilon, **options)
+        options: Any = (self.lr, self.adam_betas, self.adam_epsilon, self.weight_decay)
+        return torch.optim.AdamW(groups, *options)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None,

@@ -74,8 +74,8 @@ def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     sums = rewards.new_zeros(2, len(groups))  # of each group, its rewards and their number
     sums.index_add_(1, places, torch.stack([rewards.where(valid, 0.0), valid.double()]))
     total, count = sums[:, places]
-    advantages = rewards - (total - rewards) / (count - 1)
-    return advantages.where(count > 1, torch.nan)
+    baseline: Tensor = (total - rewards) / (count - 1)  # of a single one 0 / 0, which is NaN
+    return rewards - baseline
 
 
 def step_discount(steps: Tensor, gamma: float) -> Tensor:

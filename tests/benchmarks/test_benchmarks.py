@@ -133,6 +133,13 @@ def test_committed_reward_gradients_at_equal_gain(levels, names, measures, capsy
     assert capsys.readouterr().out in (folder / "README.md").read_text()
 
 
+def test_committed_flow_matching_at_equal_gain(capsys):
+    folder = ROOT / "configs" / "flow_grpo"
+    measures = ("diversity", "denoiser_calls")
+    matched.matched(str(folder / "runs.yaml"), (0.1, 0.2), measures=measures)
+    assert capsys.readouterr().out in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("table", ["fairness", "tasks"])
 def test_committed_outcomes(table, capsys):
     folder = ROOT / "configs" / "large_scale_rl"
