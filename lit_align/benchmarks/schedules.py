@@ -12,6 +12,9 @@ by the same deterministic step that learned schedules take. Everything is drawn 
 held-out prompts, with noise of its own for each seed; a learned schedule's k-th run has the k-th
 seed. One row of the CSV is a schedule under a seed: its mean steps, also of single objects and of
 compositions, and its mean rewards.
+
+A learned schedule is compared, under each seed, with the better shape of fixed schedule at as many
+mean steps, between whole steps by a straight line.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
@@ -38,7 +42,7 @@ from lit_align.rewards.base import quantize
 from lit_align.run_folder import newest_checkpoint
 from lit_align.verbs import load_module
 
-STEPS = (3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20)
+STEPS = (3, 4, 5, 6, 7, 8, 10, 12, 15, 20)
 MANY = 50
 SHIFTS = {"uniform": 1.0, "shifted": 3.0}
 REWARDS = {"verifier": "gold verifier", "clip": "ShapesCLIP"}
@@ -105,8 +109,9 @@ def schedules(
             _write(path, rows)
     rows = _read(path)
     print(table(rows))
-    for reward in REWARDS:
-        print(f"Fixed steps that are as good as {MANY}, {reward}: {baseline(rows, reward)}")
+    for reward, title in REWARDS.items():
+        print(f"\n{title}: as good as {MANY} fixed steps are {baseline(rows, reward)} of them\n")
+        print(comparison(rows, reward))
     draw(rows).savefig(f"{output}.png")
 
 
@@ -202,16 +207,58 @@ def baseline(rows: Rows, reward: str) -> int:
     The standard error is that of a mean over prompts, averaged over seeds; of the two shapes of
     schedule the better one counts, for the 50 steps too.
     """
+    needed = good_enough(rows, reward)
     means = {name: _mean(own, reward) for name, own in grouped(rows).items()}
-    best = max(means[f"{shape} {MANY}"] for shape in SHIFTS)
-    error = statistics.mean(
-        row[f"{reward}_se"] for row in rows if row["schedule"].endswith(f" {MANY}")
-    )
     return next(
         steps
         for steps in (*STEPS, MANY)
-        if max(means[f"{shape} {steps}"] for shape in SHIFTS) >= best - error
+        if max(means[f"{shape} {steps}"] for shape in SHIFTS) >= needed
     )
+
+
+def good_enough(rows: Rows, reward: str) -> float:
+    """Return the reward of 50 fixed steps, less a standard error; see `baseline`."""
+    groups = grouped(rows)
+    many = [groups[f"{shape} {MANY}"] for shape in SHIFTS]
+    error = statistics.mean(row[f"{reward}_se"] for own in many for row in own)
+    return max(_mean(own, reward) for own in many) - error
+
+
+def best_fixed(rows: Rows, reward: str, seed: int, steps: float) -> float:
+    """Return the reward of the better shape of fixed schedule at mean steps, under a seed."""
+    known = {row["schedule"]: row[reward] for row in rows if row["seed"] == seed}
+    curves = ([known[f"{shape} {each}"] for each in STEPS] for shape in SHIFTS)
+    return max(float(np.interp(steps, STEPS, curve)) for curve in curves)
+
+
+def comparison(rows: Rows, reward: str) -> str:
+    """Return learned schedules beside fixed ones of as many mean steps, as Markdown.
+
+    Means ± standard deviations over seeds. `steps / baseline` is in brackets where the schedule is
+    not as good as 50 fixed steps, within a standard error.
+    """
+    lines = [
+        "| schedule | steps | learned | fixed | difference | steps / baseline | more if composed |",
+        "|---" * 7 + "|",
+    ]
+    many, needed = baseline(rows, reward), good_enough(rows, reward)
+    for name, own in _learned_rows(rows).items():
+        fixed = [best_fixed(rows, reward, row["seed"], row["steps"]) for row in own]
+        gaps = [row[reward] - other for row, other in zip(own, fixed, strict=True)]
+        share = f"{_mean(own, 'steps') / many:.2f}"
+        cells = [
+            _cell([row["steps"] for row in own], 1), _cell([row[reward] for row in own], 3),
+            _cell(fixed, 3), _cell(gaps, 3),
+            share if _mean(own, reward) >= needed else f"({share})",
+            _cell([row["steps_composed"] - row["steps_single"] for row in own], 2),
+        ]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _learned_rows(rows: Rows) -> dict[str, Rows]:
+    fixed = {f"{shape} {steps}" for shape in SHIFTS for steps in (*STEPS, MANY)}
+    return {name: own for name, own in grouped(rows).items() if name not in fixed}
 
 
 def table(rows: Rows) -> str:
@@ -250,9 +297,7 @@ def draw(rows: Rows) -> Figure:
             )  # fmt: skip
         best = max(_mean(names[f"{shape} {MANY}"], reward) for shape in SHIFTS)
         axis.axhline(best, color="gray", linewidth=0.8, linestyle="--", label=f"{MANY} steps")
-        learned = [n for n in names if n.rsplit(" ", 1)[0] not in SHIFTS]
-        for number, name in enumerate(learned):
-            own = names[name]
+        for number, (name, own) in enumerate(_learned_rows(rows).items()):
             axis.errorbar(
                 _mean(own, "steps"), _mean(own, reward), _spread(own, reward),
                 _spread(own, "steps"), marker="D", capsize=3, linestyle="", color=f"C{number + 2}",

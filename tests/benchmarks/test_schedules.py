@@ -2,7 +2,17 @@ import pytest
 import torch
 
 from lit_align.benchmarks import schedules as benchmark
-from lit_align.benchmarks.schedules import MANY, SHIFTS, STEPS, baseline, noise_levels, table, walk
+from lit_align.benchmarks.schedules import (
+    MANY,
+    SHIFTS,
+    STEPS,
+    baseline,
+    best_fixed,
+    comparison,
+    noise_levels,
+    table,
+    walk,
+)
 from lit_align.functional.noise import randn
 from tests.conftest import tiny_policy
 
@@ -59,6 +69,23 @@ def test_the_table_holds_means_and_spreads():
     cells = ["gamma 0.9", "9.0 ± 1.0", "0.600 ± 0.100", "0.600 ± 0.100", "8.0 ± 1.0", "10.0 ± 1.0"]
     assert line == f"| {' | '.join(cells)} |"
     assert "| uniform 3 | 3 |" in table([row("uniform 3", s, 3.0, 0.5) for s in range(3)])
+
+
+def test_learned_schedules_are_compared_at_equal_steps_under_each_seed():
+    # Shifted schedules gain 0.1 a step, uniform ones 0.05: with 6.5 steps 0.65, and 0.01 a seed.
+    quality = {"uniform": lambda n: n / 20, "shifted": lambda n: min(n, 8) / 10}
+    rows = fixed_rows(lambda shape, steps: quality[shape](steps))
+    assert best_fixed(rows, "verifier", 1, 6.5) == pytest.approx(0.65)
+    assert best_fixed(rows, "verifier", 2, 6.5) == pytest.approx(0.66)
+    assert best_fixed(rows, "verifier", 1, 11) == pytest.approx(0.8)
+    assert best_fixed(rows, "verifier", 1, 18) == pytest.approx(0.9)
+    # Fifty uniform steps give 2.5, which no other comes near: the baseline is 50 itself.
+    learned = [row("gamma 0.9", k, 6.5, 0.75 + 0.02 * (k - 1)) for k in range(3)]
+    line = comparison([*rows, *learned], "verifier").splitlines()[-1]
+    cells = ["6.5", "0.750 ± 0.020", "0.650 ± 0.010", "0.100 ± 0.010", "(0.13)", "2.00"]
+    assert line == f"| gamma 0.9 | {' | '.join(cells)} |"
+    good = [{**r, "verifier": 2.49} for r in learned]
+    assert "| 0.13 |" in comparison([*rows, *good], "verifier")
 
 
 def test_rows_that_are_known_are_not_computed_again(tmp_path, monkeypatch, capsys):
