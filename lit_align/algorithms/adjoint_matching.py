@@ -151,15 +151,17 @@ class AdjointMatching(OnlineModule):
         """Return the squared distance of the control from minus the adjoint."""
         conditional = minibatch.replace(guidance_scale=1)
         step = self.policy.replay(conditional)
-        with torch.no_grad(), self.policy.reference():
-            base = self.policy.replay(conditional)
-        self._count(1, len(minibatch))
+        base = self.reference_step(conditional)
         adjoint = minibatch.extras["adjoint"]
         loss = control_loss(step.mean - base.mean, step.std, adjoint, self.bound)
         logs = {"train/adjoint": adjoint.flatten(1).norm(dim=1).mean()}
         if self.bound is not None:
             logs["train/clipped"] = (loss.detach() >= self.bound).float().mean()
         return (minibatch.weights * loss).mean(), logs
+
+    def count_calls(self, minibatch: Transition) -> None:
+        """Count one for each pair: the update leaves guidance out."""
+        self._count(1, len(minibatch))
 
     @property
     def plan(self) -> RoundPlan:

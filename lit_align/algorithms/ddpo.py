@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from lit_align.algorithms.online import Logs, OnlineModule
@@ -33,7 +32,6 @@ from lit_align.functional.gaussian import gaussian_kl
 from lit_align.functional.policy_gradient import clipped_surrogate, ratio_diagnostics
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
-from lit_align.schedulers.base import StepOutput
 from lit_align.trajectory import Trajectory, Transition
 
 
@@ -80,15 +78,10 @@ class DDPO(OnlineModule):
             surrogate = -minibatch.advantages * step.log_prob
         logs = ratio_diagnostics(log_ratio, self.clip_range)
         if self.beta > 0:
-            kl = gaussian_kl(step.mean, self._reference_step(minibatch).mean, step.std)
+            kl = gaussian_kl(step.mean, self.reference_step(minibatch).mean, step.std)
             surrogate = surrogate + self.beta * kl
             logs["train/kl_to_reference"] = kl.mean()
         return (minibatch.weights * surrogate).mean(), logs
-
-    @torch.no_grad()
-    def _reference_step(self, minibatch: Transition) -> StepOutput:
-        with self.policy.reference():
-            return self.policy.replay(minibatch)
 
     def setup(self, stage: str) -> None:
         """Check that the score-function estimator stays on-policy; see the base class."""

@@ -171,9 +171,7 @@ class FlowGRPO(OnlineModule):
     def _penalty(self, step: StepOutput, minibatch: Transition) -> tuple[Tensor, Logs]:
         """Return the divergence from the pretrained model [B]."""
         scheduler, times = self.policy.scheduler, minibatch.timesteps
-        with torch.no_grad(), self.policy.reference():
-            reference = self.policy.replay(minibatch)
-        self._count(minibatch.guidance_scale, len(minibatch))
+        reference = self.reference_step(minibatch)
         change = scheduler.output_change(times, step.pred_original - reference.pred_original)
         velocity = penalty = mean_square(change)
         if self.kl != "velocity":

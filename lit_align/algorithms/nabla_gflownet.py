@@ -125,9 +125,7 @@ class NablaGFlowNet(OnlineModule):
         # Before the policy's own graph is built: two at once would be the peak of memory.
         target, correction, last = self._flow_gradient(minibatch, minibatch.next_latents, after)
         step = self.policy.replay(minibatch, cfg_grad=self.cfg_grad)
-        with torch.no_grad(), self.policy.reference():
-            base = self.policy.replay(minibatch)
-        self._count(minibatch.guidance_scale, len(minibatch))
+        base = self.reference_step(minibatch)
         gap = (step.mean - base.mean) / per_sample(step.std.square(), step.mean)
         inner = correction.detach() if self.detach_flow else correction
         weight = step.std.square() if self.variance_weighted else 1.0

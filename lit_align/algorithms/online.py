@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lit_align.algorithms.rollout import progress_bar, sample_and_score
@@ -17,6 +18,7 @@ from lit_align.functional.noise import keyed_generator, sample_generators
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule, quantize
 from lit_align.rewards.scoring import check_background
+from lit_align.schedulers.base import StepOutput
 from lit_align.trajectory import PromptBatch, Trajectory, Transition
 
 __all__ = ["Logs", "OnlineModule"]
@@ -204,6 +206,13 @@ class OnlineModule(RoundModule, ABC):
         for reward in (self.reward, *map(self.rewards.get, self.trained_rewards)):
             if self.background_rewards and reward is not None:
                 check_background(reward)
+
+    @torch.no_grad()
+    def reference_step(self, minibatch: Transition) -> StepOutput:
+        """Return the pretrained weights' steps from the same states, and count them."""
+        self._count(minibatch.guidance_scale, len(minibatch))
+        with self.policy.reference():
+            return self.policy.replay(minibatch)
 
     def count_calls(self, minibatch: Any) -> None:
         """Count one for each pair."""

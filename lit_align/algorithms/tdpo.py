@@ -159,8 +159,11 @@ class TDPO(OnlineModule):
     @torch.no_grad()
     def _penalty(self, trajectory: Trajectory) -> Tensor:
         """Return the weighted penalty of each step [B, T], 0 where it has no density."""
+        parts = map(trajectory.select, torch.arange(len(trajectory)).split(self.rollout_batch_size))
         with self.trainer.precision_plugin.forward_context(), self.policy.reference():
-            reference = self.policy.replay_log_probs(trajectory)
+            reference = torch.cat([self.policy.replay_log_probs(part) for part in parts])
+        replayed = len(trajectory) * len(self.policy.scheduler.density_steps)
+        self._count(trajectory.guidance_scale, replayed)
         penalty = divergence_penalty(trajectory.log_probs - reference, self.kl_kind)
         known = self.gathered(penalty[:, self.plan.steps])
         coefficient = self.kl_coef * self.kl_controller.value

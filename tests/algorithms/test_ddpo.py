@@ -82,6 +82,7 @@ def test_kl_penalty_pulls_back_to_the_pretrained_model():
     # KL per step = (c (theta - theta_0))^2 / (2 std^2), with c = dmean/de.
     policy = ToyPolicy(0.3)
     module = ddpo(policy, beta=2.0)
+    module._trainer = OneProcess()
     with torch.no_grad():
         policy.denoiser.theta += 0.1
     minibatch = quadrature_transitions(policy, torch.zeros_like)
