@@ -192,6 +192,4 @@ class NablaGFlowNet(OnlineModule):
         """Return AdamW over one group for the policy, and one for g if there is one."""
         if self.flow_correction is None:
             return super().configure_optimizers()
-        policy = {"params": [p for p in self.policy.parameters() if p.requires_grad]}
-        flow = {"lr": self.lr_flow, "weight_decay": self.flow_weight_decay}
-        return self.adamw([policy, {**flow, "params": list(self.flow_correction.parameters())}])
+        return self.adamw_with(self.flow_correction, self.lr_flow, self.flow_weight_decay)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_align.algorithms.rollout import progress_bar, sample_and_score
 from lit_align.algorithms.rounds import Logs, RoundModule
@@ -206,6 +206,14 @@ class OnlineModule(RoundModule, ABC):
         for reward in (self.reward, *map(self.rewards.get, self.trained_rewards)):
             if self.background_rewards and reward is not None:
                 check_background(reward)
+
+    def adamw_with(
+        self, network: nn.Module, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        """Return AdamW over two groups: the policy, and a network with options of its own."""
+        policy = {"params": [p for p in self.policy.parameters() if p.requires_grad]}
+        beside = {"params": list(network.parameters()), "lr": lr, "weight_decay": weight_decay}
+        return self.adamw([policy, beside])
 
     @torch.no_grad()
     def reference_step(self, minibatch: Transition) -> StepOutput:

@@ -197,6 +197,4 @@ class TDPO(OnlineModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over two groups: the policy and the critic."""
-        policy = {"params": [p for p in self.policy.parameters() if p.requires_grad]}
-        critic = {"params": list(self.critic.parameters()), "lr": self.lr_critic}
-        return self.adamw([policy, {**critic, "weight_decay": self.critic_weight_decay}])
+        return self.adamw_with(self.critic, self.lr_critic, self.critic_weight_decay)
