@@ -95,7 +95,7 @@ class OnlineModule(RoundModule, ABC):
             advantage_norm, advantage_eps, std_unbiased, buffer_size, min_count
         )
         self.stateful["statistics"] = self.normalizer.statistics
-        self._update_started = 0.0
+        self._update_started = self._update_ended = 0.0
 
     @abstractmethod
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
@@ -125,14 +125,13 @@ class OnlineModule(RoundModule, ABC):
 
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Run one round: rollout, score, targets, in the trainer's precision and without grad."""
-        started = time.perf_counter()
         trajectory, logs = sample_and_score(self, batch, round_index)
         self._round_logs |= logs
         trajectory = self._weigh(self.compute_targets(trajectory))
         self.count_rollout(trajectory)
         self.counters["reward_queries"] += len(trajectory) * self.trainer.world_size
         if self._update_started:
-            self._round_logs["time/update"] = started - self._update_started
+            self._round_logs["time/update"] = self._update_ended - self._update_started
         self._update_started = time.perf_counter()
         return trajectory
 
@@ -221,6 +220,10 @@ class OnlineModule(RoundModule, ABC):
         self._count(minibatch.guidance_scale, len(minibatch))
         with self.policy.reference():
             return self.policy.replay(minibatch)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note when the last update ended; a validation may follow before the next rollout."""
+        self._update_ended = time.perf_counter()
 
     def count_calls(self, minibatch: Any) -> None:
         """Count one for each pair."""
