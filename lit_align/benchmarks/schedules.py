@@ -142,14 +142,24 @@ def _samplers(
             yield name, _learned(policy, runs[seed])
 
 
-def _learned(policy: DiffusionPolicy, run: str) -> Sampler:
+def learned_module(run: str) -> ScheduleModule:
+    """Return the method of a finished run of TPDM, as its newest checkpoint has it.
+
+    Raises:
+        FileNotFoundError: If the folder holds no checkpoint.
+        ValueError: If the run learns no schedule.
+    """
     checkpoint = newest_checkpoint(str(Path(run).parent), Path(run).name)
     if checkpoint is None:
         raise FileNotFoundError(f"{run!r} holds no checkpoint; give the folders of finished runs.")
     module = load_module(str(checkpoint))
     if not isinstance(module, ScheduleModule):
         raise ValueError(f"{run!r} is a run of {type(module).__name__}, which learns no schedule.")
-    schedule = module.schedule
+    return module
+
+
+def _learned(policy: DiffusionPolicy, run: str) -> Sampler:
+    schedule = learned_module(run).schedule
 
     def sample(
         conditioning: Conditioning, generators: list[torch.Generator]

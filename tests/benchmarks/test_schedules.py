@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from lit_align.algorithms import TPDM
+from lit_align.benchmarks import schedule_cost
 from lit_align.benchmarks import schedules as benchmark
 from lit_align.benchmarks.schedules import (
     MANY,
@@ -105,4 +107,25 @@ def test_rows_that_are_known_are_not_computed_again(tmp_path, monkeypatch, capsy
 
 def test_a_run_without_a_schedule_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        benchmark._learned(None, str(tmp_path / "nothing"))
+        benchmark.learned_module(str(tmp_path / "nothing"))
+
+
+def test_rows_of_the_network_follow_the_steps(monkeypatch, capsys):
+    """Finished images cost nothing; guidance makes two rows of a step."""
+    policy = tiny_policy("sd3", train="none")
+    module = TPDM(policy, head_width=8, t_min=0.1, guidance_scale=3.0, num_inference_steps=20)
+    for layer in (module.head.conv_out, module.head.hidden, module.head.out):
+        torch.nn.init.normal_(layer.weight, std=0.4)  # so that images take different steps
+    monkeypatch.setattr(schedule_cost, "learned_module", lambda run: module)
+    schedule_cost.schedule_cost("a run", images=6, repeats=2, fixed=(4,))
+    learned, fixed = ([cell.strip() for cell in line.split("|")] for line in _rows(capsys))
+    assert fixed[1:4] == ["4 fixed", "4.00", "8.00"]
+    assert float(learned[3]) == pytest.approx(2 * float(learned[2]), abs=0.011)
+    assert 0 < float(learned[2]) != round(float(learned[2]))
+    assert learned[5] == "1.00"
+    assert 0 < float(learned[6].rstrip("%")) < 100
+    assert fixed[6] == "0.0%"
+
+
+def _rows(capsys):
+    return capsys.readouterr().out.strip().splitlines()[-2:]
