@@ -113,11 +113,12 @@ def test_a_run_without_a_schedule_is_told(tmp_path):
 def test_rows_of_the_network_follow_the_steps(monkeypatch, capsys):
     """Finished images cost nothing; guidance makes two rows of a step."""
     policy = tiny_policy("sd3", train="none")
-    module = TPDM(policy, head_width=8, t_min=0.1, guidance_scale=3.0, num_inference_steps=20)
-    for layer in (module.head.conv_out, module.head.hidden, module.head.out):
-        torch.nn.init.normal_(layer.weight, std=0.4)  # so that images take different steps
+    module = TPDM(policy, head_width=8, t_min=0.02, guidance_scale=3.0)
+    torch.nn.init.normal_(module.head.out.weight, std=0.5)  # so that steps differ
+    torch.nn.init.normal_(module.head.conv_out.weight, std=0.2)
+    torch.nn.init.normal_(module.head.hidden.weight, std=0.2)
     monkeypatch.setattr(schedule_cost, "learned_module", lambda run: module)
-    schedule_cost.schedule_cost("a run", images=6, repeats=2, fixed=(4,))
+    schedule_cost.schedule_cost("a run", images=24, repeats=2, fixed=(4,))
     learned, fixed = ([cell.strip() for cell in line.split("|")] for line in _rows(capsys))
     assert fixed[1:4] == ["4 fixed", "4.00", "8.00"]
     assert float(learned[3]) == pytest.approx(2 * float(learned[2]), abs=0.011)
