@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -33,6 +33,11 @@ class Record:
             lambda tensor: tensor[index.to(tensor.device)],
             lambda items: [items[position] for position in positions],
         )
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Yield the samples in their order, `size` at a time; the last part may be smaller."""
+        for index in torch.arange(len(self)).split(size):
+            yield self.select(index)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""

@@ -117,9 +117,9 @@ class AdjointMatching(OnlineModule):
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
         """Solve the lean adjoint of every sample, and leave out those without a reward."""
         assert trajectory.rewards is not None
-        parts = torch.arange(len(trajectory)).split(self.rollout_batch_size)
+        parts = trajectory.split(self.rollout_batch_size)
         with self.trainer.precision_plugin.forward_context(), self.policy.reference():
-            adjoints = torch.cat([self._adjoints(trajectory.select(part)) for part in parts])
+            adjoints = torch.cat(list(map(self._adjoints, parts)))
         return trajectory.replace(advantages=trajectory.rewards * 0, extras={"adjoint": adjoints})
 
     def _adjoints(self, path: Trajectory) -> Tensor:

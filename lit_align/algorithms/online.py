@@ -221,6 +221,16 @@ class OnlineModule(RoundModule, ABC):
         with self.policy.reference():
             return self.policy.replay(minibatch)
 
+    @torch.no_grad()
+    def reference_log_probs(self, trajectory: Trajectory) -> Tensor:
+        """Return the pretrained weights' `log_probs` [B, T] of a rollout, and count the calls."""
+        with self.trainer.precision_plugin.forward_context(), self.policy.reference():
+            parts = map(self.policy.replay_log_probs, trajectory.split(self.rollout_batch_size))
+            log_probs = torch.cat(list(parts))
+        steps = len(self.policy.scheduler.density_steps)
+        self._count(trajectory.guidance_scale, len(trajectory) * steps)
+        return log_probs
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note when the last update ended; a validation may follow before the next rollout."""
         self._update_ended = time.perf_counter()

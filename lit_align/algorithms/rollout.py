@@ -42,9 +42,9 @@ def _sample(
     """Return the round's samples, and their scores if those are computed beside."""
     parts: list[Trajectory] = []
     scores: Scores = []
-    for chunk in torch.arange(len(batch)).split(module.rollout_batch_size):
+    for part in batch.split(module.rollout_batch_size):
         with module.trainer.precision_plugin.forward_context():
-            parts.append(module.rollout(batch.select(chunk), round_index))
+            parts.append(module.rollout(part, round_index))
         if module.background_rewards:
             scores.append(in_thread(partial(_score, module, parts[-1])))
     return Trajectory.concatenate(parts), scores

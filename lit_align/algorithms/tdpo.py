@@ -156,15 +156,10 @@ class TDPO(OnlineModule):
         extras = {**trajectory.extras, "returns": returns.nan_to_num().float()}
         return trajectory.replace(advantages=advantages, extras=extras)
 
-    @torch.no_grad()
     def _penalty(self, trajectory: Trajectory) -> Tensor:
         """Return the weighted penalty of each step [B, T], 0 where it has no density."""
-        parts = map(trajectory.select, torch.arange(len(trajectory)).split(self.rollout_batch_size))
-        with self.trainer.precision_plugin.forward_context(), self.policy.reference():
-            reference = torch.cat([self.policy.replay_log_probs(part) for part in parts])
-        replayed = len(trajectory) * len(self.policy.scheduler.density_steps)
-        self._count(trajectory.guidance_scale, replayed)
-        penalty = divergence_penalty(trajectory.log_probs - reference, self.kl_kind)
+        log_ratio = trajectory.log_probs - self.reference_log_probs(trajectory)
+        penalty = divergence_penalty(log_ratio, self.kl_kind)
         known = self.gathered(penalty[:, self.plan.steps])
         coefficient = self.kl_coef * self.kl_controller.value
         self.kl_controller.update(float(known.mean()), len(known))

@@ -105,9 +105,9 @@ def diversity(
     places = torch.arange(len(repeated)) % samples_per_prompt
     repeated = repeated.replace(positions=repeated.positions * samples_per_prompt + places)
     embeddings = []
-    for chunk in torch.arange(len(repeated)).split(max(len(prompts), 1)):
+    for part in repeated.split(max(len(prompts), 1)):
         with trainer.precision_plugin.forward_context():
-            images, _ = module.generate(repeated.select(chunk).to(module.device), "diversity")
+            images, _ = module.generate(part.to(module.device), "diversity")
         embeddings.append(embedder(images).float())
     everyone = module.gathered(torch.cat(embeddings))
     groups = module.gathered(repeated.prompt_ids.to(module.device))
