@@ -1,21 +1,11 @@
-"""Options that are one of several words, checked also where no command line does."""
+"""Checks of the options that methods are given."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
-
+from lit_align.functional.choices import check_choice
 from lit_align.policies.base import DiffusionPolicy
 
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Check an option that is one of several words.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    if value not in get_args(choices):
-        words = ", ".join(map(repr, get_args(choices)))
-        raise ValueError(f"`{name}` must be one of {words}, got {value!r}.")
+__all__ = ["check_choice", "check_train"]
 
 
 def check_train(policy: DiffusionPolicy, method: str, trains_policy: bool) -> None:

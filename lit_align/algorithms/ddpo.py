@@ -27,12 +27,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.online import Logs, OnlineModule
 from lit_align.functional.gaussian import gaussian_kl
 from lit_align.functional.policy_gradient import clipped_surrogate, ratio_diagnostics
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import Trajectory, Transition
+
+Estimator = Literal["is", "sf"]
 
 
 class DDPO(OnlineModule):
@@ -51,12 +54,13 @@ class DDPO(OnlineModule):
         policy: DiffusionPolicy,
         reward: RewardModule | None = None,
         eval_rewards: dict[str, RewardModule] | None = None,
-        estimator: Literal["is", "sf"] = "is",
+        estimator: Estimator = "is",
         clip_range: float = 1e-4,
         beta: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(policy, reward, eval_rewards, **options)
+        check_choice("estimator", estimator, Estimator)
         if clip_range <= 0:
             raise ValueError(f"`clip_range` must be positive, got {clip_range}.")
         self.estimator, self.clip_range = estimator, clip_range

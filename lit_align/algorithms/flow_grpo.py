@@ -50,6 +50,7 @@ from lit_align.functional.policy_gradient import (
     ratio_diagnostics,
 )
 from lit_align.policies.base import DiffusionPolicy
+from lit_align.policies.sampling import CFGGrad
 from lit_align.rewards.base import RewardModule
 from lit_align.schedulers.base import StepOutput
 from lit_align.trajectory import Trajectory, Transition
@@ -97,7 +98,7 @@ class FlowGRPO(OnlineModule):
         advantage_norm: AdvantageNorm = "group_mean",
         advantage_eps: float | None = 1e-4,
         std_unbiased: bool | None = False,
-        cfg_grad: Literal["both", "cond_only"] = "cond_only",
+        cfg_grad: CFGGrad = "cond_only",
         **options: Any,
     ) -> None:
         super().__init__(

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
 
+from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.denoising import check_pairs, denoising_loss
 from lit_align.algorithms.online import Logs, OnlineModule
 from lit_align.algorithms.tasks import Task, chain_tasks
@@ -35,6 +36,8 @@ from lit_align.functional.policy_gradient import clipped_surrogate, ratio_diagno
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import PairBatch, Trajectory, Transition
+
+Pretraining = Literal["separate", "weighted", "none"]
 
 
 class LargeScaleRL(OnlineModule):
@@ -61,7 +64,7 @@ class LargeScaleRL(OnlineModule):
         reward: RewardModule | None = None,
         eval_rewards: dict[str, RewardModule] | None = None,
         tasks: dict[str, Task] | None = None,
-        pretraining: Literal["separate", "weighted", "none"] = "separate",
+        pretraining: Pretraining = "separate",
         pretraining_beta: float = 1.0,
         pretraining_batch_size: int = 16,
         pretraining_steps: int = 1,
@@ -88,6 +91,7 @@ class LargeScaleRL(OnlineModule):
             advantage_norm=advantage_norm, advantage_eps=advantage_eps, std_unbiased=std_unbiased,
             adv_clip_max=adv_clip_max, **options,
         )  # fmt: skip
+        check_choice("pretraining", pretraining, Pretraining)
         if clip_range <= 0:
             raise ValueError(f"`clip_range` must be positive, got {clip_range}.")
         self.clip_range, self.pretraining_beta = clip_range, pretraining_beta

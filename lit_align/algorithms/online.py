@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.rollout import progress_bar, sample_and_score
 from lit_align.algorithms.rounds import Logs, RoundModule
 from lit_align.data.planner import MinibatchOrder, RoundPlan, StepChoice
 from lit_align.functional.advantages import AdvantageNorm, RewardNormalizer
 from lit_align.functional.noise import keyed_generator, sample_generators
 from lit_align.policies.base import DiffusionPolicy
+from lit_align.policies.sampling import CFGGrad
 from lit_align.rewards.base import RewardModule, quantize
 from lit_align.rewards.scoring import check_background
 from lit_align.schedulers.base import StepOutput
@@ -72,7 +74,7 @@ class OnlineModule(RoundModule, ABC):
         minibatch_order: MinibatchOrder = "sample_major",
         step_choice: StepChoice = "per_sample",
         shared_init_noise: bool = False,
-        cfg_grad: Literal["both", "cond_only"] = "both",
+        cfg_grad: CFGGrad = "both",
         background_rewards: bool = False,
         advantage_norm: AdvantageNorm = "per_prompt",
         advantage_eps: float | None = None,
@@ -83,6 +85,9 @@ class OnlineModule(RoundModule, ABC):
         **options: Any,
     ) -> None:
         super().__init__(policy, reward, eval_rewards, **options)
+        check_choice("minibatch_order", minibatch_order, MinibatchOrder)
+        check_choice("step_choice", step_choice, StepChoice)
+        check_choice("cfg_grad", cfg_grad, CFGGrad)
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"`timestep_fraction` must lie in (0, 1], got {timestep_fraction}.")
         self.rollout_batch_size = rollout_batch_size

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.online import Logs, OnlineModule
 from lit_align.data.planner import MinibatchOrder, StepChoice
 from lit_align.functional.advantages import batch_advantages, discounted_returns
@@ -39,6 +40,8 @@ from lit_align.functional.policy_gradient import clipped_surrogate, ratio_diagno
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule, quantize
 from lit_align.trajectory import PromptBatch, Trajectory, Transition
+
+CriticInput = Literal["xt", "x0_hat"]
 
 
 def clipped_value_loss(
@@ -91,7 +94,7 @@ class TDPO(OnlineModule):
         lr: float = 1e-4,
         lr_critic: float = 1e-4,
         critic_weight_decay: float = 1e-4,
-        critic_input: Literal["xt", "x0_hat"] = "xt",
+        critic_input: CriticInput = "xt",
         clip_range: float = 1e-4,
         clip_range_critic: float = 0.2,
         cf_coef: float = 1.0,
@@ -111,6 +114,8 @@ class TDPO(OnlineModule):
             policy, reward, eval_rewards, lr=lr, minibatch_order=minibatch_order,
             step_choice=step_choice, adv_clip_max=adv_clip_max, **options,
         )  # fmt: skip
+        check_choice("critic_input", critic_input, CriticInput)
+        check_choice("kl_kind", kl_kind, PenaltyKind)
         if critic is None:
             raise ValueError("TDPO needs a `critic`: a TemporalCritic with a `tower`.")
         if clip_range <= 0 or not 0 <= gamma <= 1:

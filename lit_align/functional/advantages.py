@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_align.functional.choices import check_choice
+
 AdvantageNorm = Literal["per_prompt", "batch", "group", "group_mean"]
 
 
@@ -208,8 +210,9 @@ class RewardNormalizer:
         """Normalise in this way from now on.
 
         Raises:
-            ValueError: If `std_unbiased` was asked for, and the way has none.
+            ValueError: If the way is unknown, or has no unbiased variance and that was asked for.
         """
+        check_choice("advantage_norm", kind, AdvantageNorm)
         if kind == "per_prompt" and self._unbiased:
             raise ValueError(
                 "`std_unbiased` is for `advantage_norm: batch`, group or group_mean; "

@@ -24,15 +24,17 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lit_align.functional.choices import check_choice
 from lit_align.functional.gaussian import at_least_float32, gaussian_log_prob, per_sample
 from lit_align.schedulers.base import StochasticScheduler
 
 FlowKind = Literal["flow", "dance", "cps", "memoryless", "ode"]
+CPSLogProb = Literal["unnormalised", "gaussian"]
 
 
 class StochasticFlowMatch(StochasticScheduler):
@@ -49,7 +51,7 @@ class StochasticFlowMatch(StochasticScheduler):
             "gaussian" the density itself.
 
     Raises:
-        ValueError: If the kind is unknown or the noise level out of range.
+        ValueError: If a word is unknown or the noise level out of range.
     """
 
     def __init__(
@@ -57,13 +59,11 @@ class StochasticFlowMatch(StochasticScheduler):
         scheduler: Any,
         kind: FlowKind = "flow",
         noise_level: float = 0.7,
-        cps_log_prob: Literal["unnormalised", "gaussian"] = "unnormalised",
+        cps_log_prob: CPSLogProb = "unnormalised",
     ) -> None:
         super().__init__()
-        if kind not in get_args(FlowKind):
-            raise ValueError(
-                f"`kind` must be one of {', '.join(get_args(FlowKind))}, got {kind!r}."
-            )
+        check_choice("kind", kind, FlowKind)
+        check_choice("cps_log_prob", cps_log_prob, CPSLogProb)
         if noise_level < 0 or (kind == "cps" and noise_level > 1):
             raise ValueError(
                 f"`noise_level` must be at least 0, and at most 1 for 'cps', got {noise_level}."
