@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import math
-import statistics
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from matplotlib.lines import Line2D
 
 from lit_align.metrics import CrossRewardGeneralization
 from lit_align.metrics.cross_reward import at_level
-from lit_align.run_groups import PHASES, Group, Run, find_runs, group_runs, read_run
+from lit_align.run_groups import PHASES, Group, Run, find_runs, group_runs, read_run, spread
 
 LEVELS = (0.5, 1.0, 2.0)
 _STYLES: Sequence[Any] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -122,7 +121,7 @@ def summarise(groups: list[Group], level: float | None) -> str:
     rows += [["---"] * len(rows[0]), ["trained reward", *(group.target for group in groups)]]
     rows += [["seeds", *(str(len(group.runs)) for group in groups)]]
     for title in figures[0][0]:
-        rows.append([title, *(_spread([f[title] for f in of], title) for of in figures)])
+        rows.append([title, *(_cell([f[title] for f in of], title) for of in figures)])
     notes = [
         "Mean ± standard deviation over seeds. Gains are over the base model, in standard",
         "deviations of its rewards. -: not measured, not held out, or not reached.",
@@ -161,18 +160,13 @@ def _figures(run: Run, rewards: list[str], level: float | None) -> dict[str, flo
     return found | {f"seconds a round, {phase}": run.seconds[phase] for phase in PHASES}
 
 
-def _spread(values: Sequence[float], title: str) -> str:
-    """Return mean ± standard deviation of the known values, and how many they are if not all."""
-    known = [float(value) for value in values if not math.isnan(value)]
-    if not known:
-        return "-"
-    if title.endswith("early peak"):
+def _cell(values: Sequence[float], title: str) -> str:
+    """Return how the table prints a number of each run of a group."""
+    known = [value for value in values if not math.isnan(value)]
+    if known and title.endswith("early peak"):
         return f"{sum(known):.0f} of {len(known)} seeds"
     form = next((form for start, form in _FORMATS.items() if title.startswith(start)), "+.2f")
-    text = f"{statistics.mean(known):{form}}"
-    if len(known) > 1:
-        text += f" ± {statistics.stdev(known):{form.lstrip('+')}}"
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+    return spread(values, form)
 
 
 def draw(groups: list[Group]) -> Figure:

@@ -176,6 +176,22 @@ def _seconds(metrics: list[dict[str, str]], phase: str) -> float:
     return statistics.mean(rounds.values()) if rounds else math.nan
 
 
+def spread(values: Sequence[float], form: str) -> str:
+    """Return mean ± standard deviation of the known values, and how many they are if not all.
+
+    Args:
+        values: One for each run of a group, NaN where it is not known; "-" if none is.
+        form: Format of the mean; the deviation has no sign.
+    """
+    known = [float(value) for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    text = f"{statistics.mean(known):{form}}"
+    if len(known) > 1:
+        text += f" ± {statistics.stdev(known):{form.lstrip('+')}}"
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+
+
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Gather runs of one configuration, in order of appearance, under labels of their own."""
     gathered: dict[str, list[Run]] = {}

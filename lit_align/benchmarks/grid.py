@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 
 from lit_align.benchmarks.results import Rows, read_list, read_results
 from lit_align.run_folder import newest_checkpoint, read_metrics, validation_rows
+from lit_align.run_groups import spread
 
 _RUNS_DIR = "runs/grid"
 
@@ -99,22 +100,18 @@ def summarise(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> str:
             first, last = ([rows[i][reward] for rows in seeds] for i in (0, -1))
             gains = [b - a for a, b in zip(first, last, strict=True)]
             unit = [rows[0][reward.replace("val/reward/", "val/reward_std/")] for rows in seeds]
-            sizes = [gain / std for gain, std in zip(gains, unit, strict=True)]
+            sizes = [own / std for own, std in zip(gains, unit, strict=True)]
+            gain, size = spread(gains, "+.4f"), spread(sizes, "+.2f")
             lines.append(
                 f"| {name} | {reward.removeprefix('val/reward/')} | {len(seeds)} "
                 f"| {seeds[0][-1]['reward_queries']:.0f} | {statistics.mean(first):.4f} "
-                f"| {statistics.mean(last):.4f} | {_spread(gains, 4)} | {_spread(sizes, 2)} |"
+                f"| {statistics.mean(last):.4f} | {gain} | {size} |"
             )
     return "\n".join(lines) + "\n"
 
 
 def _rewards(seeds: list[Rows]) -> list[str]:
     return [k for k in (seeds[0][0] if seeds else {}) if k.startswith("val/reward/")]
-
-
-def _spread(values: list[float], digits: int) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):+.{digits}f} ± {deviation:.{digits}f}"
 
 
 def _draw(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> Figure:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from jsonargparse import auto_cli
 
-from lit_align.benchmarks.outcomes import read_table, spread
+from lit_align.benchmarks.outcomes import read_table
 from lit_align.benchmarks.results import (
     Rows,
     gains_of,
@@ -24,6 +24,7 @@ from lit_align.benchmarks.results import (
     target_of,
 )
 from lit_align.metrics.cross_reward import at_level
+from lit_align.run_groups import spread
 
 
 def matched(
@@ -82,7 +83,7 @@ def _row(
         for column, values in series.items():
             value, _, _ = at_level(torch.tensor(gain), torch.tensor(values), level)
             found.setdefault(column, []).append(float(value))
-    cells = {column: _spread(column, values) for column, values in found.items()}
+    cells = {column: _cell(column, values) for column, values in found.items()}
     return {"run": name, "gain": f"{level:g}", **cells}
 
 
@@ -98,17 +99,12 @@ def _at_validations(
     }
 
 
-def _spread(column: str, values: list[float]) -> str:
+def _cell(column: str, values: list[float]) -> str:
     """Return mean ± standard deviation of the seeds that reached the level, and how many did."""
-    known = [value for value in values if value == value]
-    if not known:
-        return "-"
     plain = {"FID": ".3f", "diversity": ".3f", "vendi": ".2f", "kl": ".1f"}
     counters = dict.fromkeys(("reward queries", "gradient queries", "denoiser calls"), ".0f")
     form = {**plain, **counters}.get(column, "+.2f")
-    form = "+.3f" if "/" in column else form
-    text = spread(known, form)
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+    return spread(values, "+.3f" if "/" in column else form)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from lit_align.benchmarks.results import Rows
+from lit_align.run_groups import spread
 
 
 def outcomes(table: str) -> None:
@@ -47,19 +48,6 @@ def _cell(values: list[float], column: str) -> str:
     if column == "reward_queries":
         return f"{statistics.mean(values):.0f}"
     return spread(values, ".3f")
-
-
-def spread(values: list[float], form: str) -> str:
-    """Return mean ± standard deviation, just the mean of a single value.
-
-    Args:
-        values: At least one.
-        form: Format of the mean; the deviation has no sign.
-    """
-    text = f"{statistics.mean(values):{form}}"
-    if len(values) == 1:
-        return text
-    return f"{text} ± {statistics.stdev(values):{form.lstrip('+')}}"
 
 
 if __name__ == "__main__":
