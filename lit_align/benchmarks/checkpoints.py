@@ -12,7 +12,6 @@ side.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from lit_align.algorithms.base import AlignmentModule
+from lit_align.benchmarks.results import write_rows
 from lit_align.callbacks.ema import stored_average
 from lit_align.callbacks.sample_gallery import draw_rows
 from lit_align.checkpoint_io import read_checkpoint
@@ -106,10 +106,7 @@ def checkpoints(
                 label = f"{run.parent.name}_{queries}".replace("_", "\n")
                 pictures[label] = _draw(module.policy, *sampling)
             print(rows[-1], flush=True)
-    with Path(output).open("w", newline="", encoding="utf-8") as table:
-        writer = csv.DictWriter(table, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(Path(output), rows)
     if pictures:
         prompts = [text for text, _ in _drawn_prompts()]
         draw_rows(pictures, prompts).savefig(Path(output).with_suffix(".png"))

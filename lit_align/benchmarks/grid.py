@@ -9,13 +9,11 @@ the list names other columns under `columns`, a second one, `..._steps.csv`, hol
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from lit_align.benchmarks.results import Rows, read_list, read_results
+from lit_align.benchmarks.results import Rows, read_list, read_results, write_rows
 from lit_align.run_folder import newest_checkpoint, read_metrics, validation_rows
 from lit_align.run_groups import spread
 
@@ -78,15 +76,8 @@ def _run(name: str, run: dict[str, Any], seed: int, table: Path, columns: list[s
     if columns:
         rows = [{n: row.get(n, "") for n in ("step", *columns)} for row in read_metrics(metrics)]
         known = [row for row in rows if any(row[name] for name in columns)]
-        _write(table.with_name(f"{name}_steps.csv"), known)
-    _write(table, validation_rows(metrics))
-
-
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["step"])
-        writer.writeheader()
-        writer.writerows(rows)
+        write_rows(table.with_name(f"{name}_steps.csv"), known)
+    write_rows(table, validation_rows(metrics))
 
 
 def summarise(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> str:

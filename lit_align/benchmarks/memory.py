@@ -29,7 +29,6 @@ and decoders are the real ones, but
 
 from __future__ import annotations
 
-import csv
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +50,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_align import algorithms
 from lit_align.algorithms import pixels
+from lit_align.benchmarks.results import write_rows
 from lit_align.policies import DiffusionPolicy, SD3Policy, StableDiffusionPolicy, sampling
 from lit_align.rewards import Colorfulness
 from lit_align.schedulers import StochasticDDIM, StochasticFlowMatch
@@ -240,10 +240,7 @@ def memory(output: str, networks: Sequence[str] = tuple(NETWORKS)) -> None:
             size = peak(policy, method, count)
             rows.append({"network": name, "method": method, "K": count, "bytes_per_sample": size})
             print(f"| {name} | {method} | {count} | {size / 2**20:.2f} |", flush=True)
-    with Path(f"{output}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(Path(f"{output}.csv"), rows)
     _draw(rows).savefig(f"{output}.png")
 
 

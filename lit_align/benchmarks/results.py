@@ -33,6 +33,14 @@ def read_results(results: Path, name: str, seeds: Sequence[int]) -> list[Rows]:
     return found
 
 
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table with the columns of its first row; without rows just the column "step"."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["step"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def results_of(runs: str, name: str) -> dict[str, Rows]:
     """Return the validation rows of a run by `<name>_seed<N>`.
 
