@@ -19,10 +19,10 @@ from lit_align.data.prompts import PromptFile
 from lit_align.policies.adapters import LORA_FILE, scale_lora
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.policies.learned_schedule import LearnedSchedule
+from lit_align.policies.loading import Dtype, torch_dtype
 from lit_align.rewards.base import uint8_images
 
 Weights = Literal["trained", "ema"]
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load_module(ckpt_path: str, weights: Weights = "trained") -> LightningModule:
@@ -222,7 +222,7 @@ def _read_prompts(prompts: list[str]) -> list[str]:
 def export(
     ckpt_path: str,
     output: str,
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     weights: Weights = "trained",
     lora_scale: float = 1.0,
 ) -> None:
@@ -245,7 +245,7 @@ def export(
         scale_lora(module.policy.denoiser, lora_scale)
     if not callable(save := getattr(module, "save_pretrained", None)):
         raise ValueError(f"{type(module).__name__} has no `save_pretrained`.")
-    save(output, _DTYPES[dtype])
+    save(output, torch_dtype(dtype))
     if isinstance(module, AlignmentModule):
         card = _schedule_card if isinstance(module, ScheduleModule) else _card
         Path(output, "README.md").write_text(card(module), encoding="utf-8")

@@ -26,7 +26,6 @@ Conditioning = dict[str, Tensor]
 SchedulerFactory = Callable[[Any], StochasticScheduler]
 
 MAX_TEXT_TOKENS = 256  # of encoders without a limit of their own (T5)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class DiffusionPolicy(LatentSpace, ABC):
@@ -66,7 +65,7 @@ class DiffusionPolicy(LatentSpace, ABC):
         lora_rank: int = 4,
         lora_alpha: float | None = None,
         lora_targets: list[str] | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = "float32",
+        dtype: loading.Dtype | None = "float32",
         gradient_checkpointing: bool = False,
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
@@ -95,7 +94,7 @@ class DiffusionPolicy(LatentSpace, ABC):
         )
         self.requires_grad_(False).eval()
         if dtype is not None:
-            self.to(_DTYPES[dtype])
+            self.to(loading.torch_dtype(dtype))
         self.set_image_size(image_size)
         make_scheduler: SchedulerFactory = scheduler or type(self).default_scheduler
         self.scheduler = make_scheduler(self.pipeline_scheduler())
@@ -117,7 +116,7 @@ class DiffusionPolicy(LatentSpace, ABC):
         lora_rank: int = 4,
         lora_alpha: float | None = None,
         lora_targets: list[str] | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: loading.Dtype = "float32",
         gradient_checkpointing: bool = False,
         image_size: int | tuple[int, int] | None = None,
     ) -> DiffusionPolicy:

@@ -7,13 +7,27 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+
 ASSETS = Path(str(resources.files("lit_align.shapes"))) / "assets"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of that name.
+
+    Raises:
+        ValueError: If it is none of `Dtype`.
+    """
+    if name not in get_args(Dtype):
+        raise ValueError(f"`dtype` must be one of {', '.join(get_args(Dtype))}, got {name!r}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def shipped_pipelines() -> list[str]:

@@ -6,17 +6,16 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_align.policies.loading import Dtype, torch_dtype
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-Dtype = Literal["float32", "float16", "bfloat16"]
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class ImageTower(nn.Module, ABC):
@@ -59,15 +58,13 @@ class ImageTower(nn.Module, ABC):
         top, left = ((side - size) // 2 for side in images.shape[-2:])
         return images[..., top : top + size, left : left + size]
 
-    def _freeze(self, dtype: str, image_size: Any) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    def _freeze(self, dtype: Dtype, image_size: Any) -> None:
         sides = {image_size} if isinstance(image_size, int) else set(image_size)
         if len(sides) != 1:
             raise ValueError(f"The tower must read square images, but reads {image_size}.")
         (self.image_size,) = sides
         for part in self.children():  # not the buffers: pixels are normalised in float32
-            part.requires_grad_(False).eval().to(_DTYPES[dtype])
+            part.requires_grad_(False).eval().to(torch_dtype(dtype))
 
     mean: Tensor
     std: Tensor
