@@ -56,12 +56,13 @@ def test_configuration_for_the_shapes_world_trains_on_one_batch(path):
         "trainer.enable_progress_bar": "false",
         "trainer.callbacks": "null",
         "data.init_args.val_size": "4",
-        "model.init_args.prompts_per_round": "4",
+        "model.init_args.eval_num_inference_steps": "2",
+        "model.init_args.prompts_per_round": "2",
         "model.init_args.samples_per_prompt": "2",
-        "model.init_args.minibatch_size": "8",
+        "model.init_args.minibatch_size": "4",
     }
     if "rollout_batch_size" in path.read_text():
-        small["model.init_args.rollout_batch_size"] = "8"
+        small["model.init_args.rollout_batch_size"] = "4"
     main(
         ["fit", "--config", str(path), *(word for k, v in small.items() for word in (f"--{k}", v))]
     )
