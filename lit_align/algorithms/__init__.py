@@ -4,7 +4,9 @@ from lit_align.algorithms.adjoint_matching import AdjointMatching
 from lit_align.algorithms.alignprop import AlignProp
 from lit_align.algorithms.awm import AWM
 from lit_align.algorithms.base import AlignmentModule
+from lit_align.algorithms.crd import CRD
 from lit_align.algorithms.ddpo import DDPO
+from lit_align.algorithms.dgpo import DGPO
 from lit_align.algorithms.diffusion_nft import DiffusionNFT
 from lit_align.algorithms.draft import DRaFT
 from lit_align.algorithms.drtune import DRTune
@@ -28,7 +30,9 @@ from lit_align.algorithms.tpdm import TPDM
 
 __all__ = [
     "AWM",
+    "CRD",
     "DDPO",
+    "DGPO",
     "TDPO",
     "TPDM",
     "AdjointMatching",

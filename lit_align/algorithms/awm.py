@@ -177,6 +177,7 @@ class AWM(ForwardProcessModule):
         target: Tensor,
         output: Tensor,
         averaged: Tensor | None,
+        reference: Tensor | None,
     ) -> tuple[Tensor, Logs]:
         """Return the surrogate of each pair, plus the distance to the averaged weights."""
         log_prob = self._log_prob(pairs, target, output)

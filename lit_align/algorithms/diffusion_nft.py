@@ -32,6 +32,7 @@ from torch import Tensor
 from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.forward_process import ForwardPairs, ForwardProcessModule, Logs
 from lit_align.functional.gaussian import mean_square
+from lit_align.functional.matching import matching_error
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import PromptBatch, Trajectory
@@ -45,22 +46,6 @@ DECAYS: dict[int, tuple[int, float, float]] = {
     1: (0, 1e-3, 0.5),
     2: (75, 7.5e-3, 0.999),
 }
-_MIN_SCALE = 1e-5
-
-
-def matching_error(prediction: Tensor, target: Tensor, normalise: bool) -> Tensor:
-    """Return ``mean |p - target|^2`` [N] in float64, divided by ``sg[mean |p - target|]`` if asked.
-
-    Args:
-        prediction: p [N, ...].
-        target: [N, ...].
-        normalise: Bring errors of all sizes to one scale of gradients.
-    """
-    gap = prediction.double() - target.double()
-    error = mean_square(gap)
-    if not normalise:
-        return error
-    return error / gap.detach().abs().flatten(1).mean(1).clamp(min=_MIN_SCALE)
 
 
 def negative_aware_loss(
@@ -141,6 +126,7 @@ class DiffusionNFT(ForwardProcessModule):
         target: Tensor,
         output: Tensor,
         averaged: Tensor | None,
+        reference: Tensor | None,
     ) -> tuple[Tensor, Logs]:
         """Return the contrast of each pair."""
         assert averaged is not None

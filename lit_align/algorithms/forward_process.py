@@ -13,6 +13,7 @@ alike: `corrupt` gives their target.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -70,12 +71,16 @@ class ForwardProcessModule(OnlineModule, ABC):
         num_inference_steps: Of the sampler, whose times are those trained at.
         samples_per_prompt: Images per prompt.
         kl_beta: Weight of the squared distance to the pretrained network's output; 0 for none.
+        kl_guidance: Guidance of that output; None for the trained network's own.
         stochastic_rollout: Let the sampler's steps add noise; evaluation never does.
         adv_clip_max: Bound on normalised rewards, which they are divided by; positive.
     """
 
     minibatch_types: ClassVar[tuple[type, ...]] = (ForwardPairs,)
     needs_density: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False  # also without a penalty
+    whole_groups: ClassVar[bool] = False  # minibatches of all images of a prompt, at one time
+    shared_noise: ClassVar[bool] = False  # images of a prompt are noised alike
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class ForwardProcessModule(OnlineModule, ABC):
         prompts_per_round: int = 48,
         samples_per_prompt: int = 24,
         kl_beta: float = 0.0,
+        kl_guidance: float | None = None,
         stochastic_rollout: bool = False,
         advantage_norm: AdvantageNorm = "group_mean",
         advantage_eps: float | None = 1e-4,
@@ -107,19 +113,28 @@ class ForwardProcessModule(OnlineModule, ABC):
                 f"{kl_beta} and {adv_clip_max}."
             )
         self.kl_beta, self.stochastic_rollout = kl_beta, stochastic_rollout
+        self.kl_guidance = self.guidance_scale if kl_guidance is None else kl_guidance
         self.max_advantage = adv_clip_max
-        self.snapshot = Snapshot()
-        self._schedule: tuple[int, float, float] | None = None
-        if kl_beta > 0:
+        self.snapshots: defaultdict[str, Snapshot] = defaultdict(Snapshot)
+        self._schedules: dict[str, tuple[int, float, float]] = {}
+        if self.needs_reference or kl_beta > 0:
             policy.keep_reference()
 
-    def keep_snapshot(self, flat: int, rate: float, hold: float) -> None:
-        """Keep an average of the policy's weights, refreshed before each round.
+    @property
+    def snapshot(self) -> Snapshot:
+        """The averaged weights that the loss asks."""
+        return self.snapshots["snapshot"]
+
+    def keep_snapshot(
+        self, flat: int, rate: float, hold: float, name: str = "snapshot"
+    ) -> Snapshot:
+        """Return an average of the policy's weights that is refreshed before each round.
 
         Its decay is `ramp(n, flat, rate, hold)` after n optimiser steps.
         """
-        self._schedule = flat, rate, hold
-        self.stateful["snapshot"] = self.snapshot
+        self._schedules[name] = flat, rate, hold
+        self.stateful[name] = self.snapshots[name]
+        return self.snapshots[name]
 
     @abstractmethod
     def pair_loss(
@@ -129,6 +144,7 @@ class ForwardProcessModule(OnlineModule, ABC):
         target: Tensor,
         output: Tensor,
         averaged: Tensor | None,
+        reference: Tensor | None,
     ) -> tuple[Tensor, Logs]:
         """Return the loss of each pair [N], and what to log of it.
 
@@ -138,7 +154,16 @@ class ForwardProcessModule(OnlineModule, ABC):
             target: What the network should say there [N, ...].
             output: What it says [N, ...], with gradient.
             averaged: What the snapshot says [N, ...], if there is one.
+            reference: What the pretrained network says [N, ...], if it is asked.
         """
+
+    def penalties(self, pairs: ForwardPairs) -> Tensor | float:
+        """Return the weight of each pair's distance to the pretrained network's output."""
+        return self.kl_beta
+
+    def grouped(self, values: Tensor) -> Tensor:
+        """Return values [N] of a minibatch of whole groups as [groups, images of a prompt]."""
+        return values.unflatten(0, (-1, self.samples_per_prompt))
 
     def noisy_steps(self, round_index: int) -> Collection[int] | None:
         """Return none of the steps, unless rollouts are stochastic."""
@@ -150,12 +175,12 @@ class ForwardProcessModule(OnlineModule, ABC):
         return trajectory.replace(latents=trajectory.latents[:, -1:].clone())
 
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
-        """Refresh the snapshot and run one round; see the base class."""
-        if self._schedule is not None:
-            step = self.trainer.global_step
-            decay = ramp(step, *self._schedule)
-            self.snapshot.refresh(step, decay)
-            self._round_logs["rollout/snapshot_decay"] = decay
+        """Refresh the snapshots and run one round; see the base class."""
+        step = self.trainer.global_step
+        for name, schedule in self._schedules.items():
+            decay = ramp(step, *schedule)
+            self.snapshots[name].refresh(step, decay)
+            self._round_logs[f"rollout/{name}_decay"] = decay
         return super().collect(batch, round_index)
 
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
@@ -174,14 +199,19 @@ class ForwardProcessModule(OnlineModule, ABC):
     def _pairs(
         self, trajectory: Trajectory, samples: Tensor, times: Tensor, round_index: int
     ) -> ForwardPairs:
-        """Return pairs whose noise is keyed by the round, the sample's place in it and the time."""
+        """Return pairs whose noise is keyed by the round, the sample's place in it and the time.
+
+        If it is shared, the place is that of the prompt's first sample.
+        """
         assert trajectory.advantages is not None
         assert trajectory.weights is not None
         clean = trajectory.latents[samples, 0]
-        places = trajectory.positions.cpu()[samples].tolist()
+        places = trajectory.positions.cpu()[samples]
+        if self.shared_noise:
+            places = places - places % self.samples_per_prompt
         generators = [
             keyed_generator("forward", self.seed, round_index, place, time)
-            for place, time in zip(places, times.tolist(), strict=True)
+            for place, time in zip(places.tolist(), times.tolist(), strict=True)
         ]
         return ForwardPairs(
             clean=clean,
@@ -197,15 +227,18 @@ class ForwardProcessModule(OnlineModule, ABC):
     def loss(self, minibatch: ForwardPairs) -> tuple[Tensor, Logs]:
         """Return the mean of the pairs' losses and of their penalties."""
         noised, target = self.corrupt(minibatch)
-        averaged = None
-        if self._schedule is not None:  # before there is a graph, whose weights must stay
+        averaged = reference = None
+        if "snapshot" in self._schedules:  # before there is a graph, whose weights must stay
             averaged = self._predict_frozen(self.snapshot.applied(), minibatch, noised)
+        if self.needs_reference or self.kl_beta > 0:
+            guided = minibatch.replace(guidance_scale=self.kl_guidance)
+            reference = self._predict_frozen(self.policy.reference(), guided, noised)
         output = self.predict(minibatch, noised)
-        loss, logs = self.pair_loss(minibatch, noised, target, output, averaged)
+        loss, logs = self.pair_loss(minibatch, noised, target, output, averaged, reference)
         if self.kl_beta > 0:
-            reference = self._predict_frozen(self.policy.reference(), minibatch, noised)
+            assert reference is not None
             gap = mean_square(output - reference)
-            loss = loss + self.kl_beta * gap
+            loss = loss + self.penalties(minibatch) * gap
             logs["train/kl_to_reference"] = gap.mean()
         return (minibatch.weights * loss).mean(), logs
 
@@ -233,24 +266,31 @@ class ForwardProcessModule(OnlineModule, ABC):
         """The sizes and orders of a round, in which steps are indices of the sampler's times."""
         times = self.num_inference_steps
         trained = max(1, int(times * self.timestep_fraction))
-        return replace(super().plan, steps=tuple(range(times)), trained_steps=trained)
+        return replace(
+            super().plan, steps=tuple(range(times)), trained_steps=trained,
+            whole_groups=self.whole_groups,
+        )  # fmt: skip
 
     def setup(self, stage: str) -> None:
-        """Forget the snapshot of an earlier run; see the base class."""
+        """Forget the snapshots of an earlier run; see the base class."""
         super().setup(stage)
         if stage == "fit":
-            self.snapshot.clear()  # that of a checkpoint is restored after this
+            self.policy.branches(self.kl_guidance)  # refuses one that the network cannot take
+            for snapshot in self.snapshots.values():
+                snapshot.clear()  # those of a checkpoint are restored after this
 
     def on_train_start(self) -> None:
-        """Start the snapshot, or lay a restored one out as the weights are; see the base class."""
+        """Start the snapshots, or lay restored ones out as the weights are; see the base class."""
         super().on_train_start()
-        if self._schedule is not None:
-            self.snapshot.attach(self.policy)
-            if not self.snapshot.average:
-                self.snapshot.start(self.trainer.global_step)
+        for name in self._schedules:
+            snapshot = self.snapshots[name]
+            snapshot.attach(self.policy)
+            if not snapshot.average:
+                snapshot.start(self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the trained weights also if a signal asks for a checkpoint during a rollout."""
         super().on_save_checkpoint(checkpoint)
-        trained = self.snapshot.displaced
-        checkpoint["state_dict"].update({f"policy.{n}": gathered(w) for n, w in trained.items()})
+        for snapshot in self.snapshots.values():
+            trained = {f"policy.{n}": gathered(w) for n, w in snapshot.displaced.items()}
+            checkpoint["state_dict"].update(trained)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_align.algorithms.base import AlignmentModule
 from lit_align.callbacks import evaluation
-from lit_align.callbacks.evaluation import Collector, Embedder, Evaluation
+from lit_align.callbacks.evaluation import Evaluation, EvaluationCollector
 from lit_align.data.prompts import PromptLoader
 from lit_align.metrics import (
     CMMD,
@@ -29,6 +29,7 @@ from lit_align.metrics import (
     joint_rates,
     proxy_correlation,
 )
+from lit_align.metrics.base import Embedder
 
 _HEADER = ("reward", "base", "aligned", "gain", "std. error", "gain / s.e.", "gain / base std",
            "win rate (95 %)")  # fmt: skip
@@ -93,7 +94,7 @@ class CrossRewardCallback(Callback):
         self._names: list[str] = []
         self._trained: set[str] = set()
         self._prompts = ""
-        self._collector: Collector | None = None
+        self._collector: EvaluationCollector | None = None
         self._current: Evaluation | None = None
         self._validated_step = -1
 
@@ -165,7 +166,7 @@ class CrossRewardCallback(Callback):
         assert isinstance(pl_module, AlignmentModule)
         self._collector = None
         if self.base is not None and not trainer.sanity_checking:
-            self._collector = Collector(pl_module, self._embed)
+            self._collector = EvaluationCollector(pl_module, self._embed)
 
     def on_validation_batch_end(
         self,

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_align.algorithms.base import AlignmentModule
 from lit_align.callbacks.ema import AdapterEMA
 from lit_align.data.prompts import PromptLoader
 from lit_align.functional.noise import sample_generators
 from lit_align.metrics import DriftStatistics, PairwiseDiversity, VendiScore
+from lit_align.metrics.base import Embedder
 from lit_align.trajectory import PromptBatch
-
-Embedder = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Evaluation:
     figures: dict[str, float]
 
 
-class Collector:
+class EvaluationCollector:
     """Gathers what `AlignmentModule.evaluate` returns for each batch.
 
     Args:
@@ -79,9 +78,11 @@ class Collector:
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, module: AlignmentModule, embedder: Embedder | None) -> Collector:
+def evaluate(
+    trainer: Trainer, module: AlignmentModule, embedder: Embedder | None
+) -> EvaluationCollector:
     """Run the validation prompts outside Lightning's validation loop."""
-    collector = Collector(module, embedder)
+    collector = EvaluationCollector(module, embedder)
     with evaluated_weights(trainer, module), evaluation_mode(module):
         for batch in module.validation_batches():
             moved = batch.to(module.device)
@@ -192,7 +193,7 @@ def evaluated_weights(trainer: Trainer, module: AlignmentModule) -> AbstractCont
 
 
 @contextmanager
-def evaluation_mode(module: AlignmentModule) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode, as Lightning's validation does."""
     training = {part: part.training for part in module.modules()}
     module.eval()

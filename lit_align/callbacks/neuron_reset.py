@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lit_align.callbacks.evaluation import evaluation_mode
 from lit_align.callbacks.rng_state import undisturbed_rng
 from lit_align.functional.noise import keyed_generator
 
@@ -376,21 +377,18 @@ def _probing(
     pl_module: nn.Module, module: nn.Module, layers: list[Layer], sums: dict[str, Tensor]
 ) -> Iterator[None]:
     """Add up what the layers' neurons put out in eval mode; everything is as before afterwards."""
-    training = {part: part.training for part in module.modules()}
     sharded: list[Any] = [part for part in pl_module.modules() if isinstance(part, FSDPModule)]
     measured = [layer for layer in layers if layer.has_neurons]
     hooks = [x.module.register_forward_hook(partial(_add_up, sums, x)) for x in measured]
     try:
-        module.eval()
-        for part in sharded:
-            if module in part.modules():  # the hooks that gather it are those of this part
-                part.unshard()
-        yield
+        with evaluation_mode(module):
+            for part in sharded:
+                if module in part.modules():  # the hooks that gather it are those of this part
+                    part.unshard()
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for part, was_training in training.items():
-            part.training = was_training
         for part in sharded:
             part.reshard()  # shards, not gathered copies, are what is trained and may be changed
 

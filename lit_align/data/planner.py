@@ -6,6 +6,9 @@ order takes one sample of each lane in turn. So any W processes with W dividing 
 each of their minibatches, exactly the samples that one process with minibatches W times as large
 sees, and take the same update. In "sample_major" order this asks for updates of whole samples: the
 pairs of a process's update must be a multiple of the trained steps.
+
+Methods that compare the images of a prompt within a minibatch set `whole_groups`: then all images
+of a prompt are dealt as one, and what is said of samples above holds for these groups.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ class RoundPlan:
             sample and pass, "shared" for each pass, the same for all samples; "denoising" draws
             the steps as "per_sample" does and takes them from noise to clean.
         window: Where steps add noise and are trained; None for all `steps`. It takes no `pools`.
+        whole_groups: Keep the S samples of a prompt together, side by side and at the same step.
         seed: Of all draws.
         rank: This process.
         world_size: Number of processes W.
@@ -66,6 +70,7 @@ class RoundPlan:
     step_choice: StepChoice = "per_sample"
     pools: tuple[Pool, ...] = ()
     window: StepWindow | None = None
+    whole_groups: bool = False
     rank: int = 0
     world_size: int = 1
 
@@ -103,21 +108,24 @@ class RoundPlan:
             )
         pairs = self.samples * self.trained_steps
         product = f"{self.samples} samples x {self.trained_steps} steps"
-        for name, value, total, what in (
-            ("rollout_batch_size", self.rollout_batch_size, self.samples, "samples"),
-            ("minibatch_size", self.minibatch_size, pairs, f"pairs ({product})"),
+        if self._unit > 1:
+            product += f"; it keeps the {self._unit} images of a prompt together"
+        for name, value, total, unit, what in (
+            ("rollout_batch_size", self.rollout_batch_size, self.samples, 1, "samples"),
+            ("minibatch_size", self.minibatch_size, pairs, self._unit, f"pairs ({product})"),
             (
                 "trainer.accumulate_grad_batches",
                 accumulate_grad_batches,
                 self.minibatches,
+                1,
                 "minibatches",
             ),
         ):
-            if value < 1 or total % value:
-                divisors = [d for d in range(1, total + 1) if total % d == 0]
+            if value < 1 or total % value or value % unit:
+                divisors = [d for d in range(unit, total + 1, unit) if total % d == 0]
                 raise ValueError(
-                    f"`{name}` ({value}) must divide the {total} {what} per round and process; use "
-                    f"{_nearest(divisors, value)}."
+                    f"`{name}` ({value}) must {f'be a multiple of {unit} and ' * (unit > 1)}divide "
+                    f"the {total} {what} per round and process; use {_nearest(divisors, value)}."
                 )
 
     def describe(self, accumulate_grad_batches: int) -> str:
@@ -143,14 +151,15 @@ class RoundPlan:
     def cut(self, round_index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the minibatches' samples [N] (places in this process's batch) and steps [N]."""
         for epoch in range(self.num_inner_epochs):
-            order = self._sample_order(round_index, epoch)
-            steps = torch.stack([self._step_order(round_index, epoch, int(s)) for s in order])
-            samples = order[:, None].expand_as(steps)  # [B, trained steps]
+            first = self._sample_order(round_index, epoch)
+            steps = torch.stack([self._step_order(round_index, epoch, int(s)) for s in first])
+            first = first[:, None].expand_as(steps)  # [B / unit, trained steps]
             if self.minibatch_order == "timestep_major":
-                samples, steps = samples.T, steps.T
+                first, steps = first.T, steps.T
+            samples = first.flatten()[:, None] + torch.arange(self._unit)
             yield from zip(
                 samples.flatten().split(self.minibatch_size),
-                steps.flatten().split(self.minibatch_size),
+                steps.flatten().repeat_interleave(self._unit).split(self.minibatch_size),
                 strict=True,
             )
 
@@ -164,11 +173,18 @@ class RoundPlan:
         return None if window is None else window.steps(round_index, self.seed, self.steps)
 
     @property
+    def _unit(self) -> int:
+        """How many samples are dealt as one."""
+        return self.samples_per_prompt if self.whole_groups else 1
+
+    @property
     def _lanes(self) -> int:
         return max(d for d in range(1, _MAX_LANES + 1) if self.prompts_per_round % d == 0)
 
     def _sample_order(self, round_index: int, epoch: int) -> Tensor:
-        depth = self.prompts_per_round // self._lanes * self.samples_per_prompt
+        """Return the first sample of each unit, in the order of training."""
+        units = self.samples_per_prompt // self._unit  # of each prompt
+        depth = self.prompts_per_round // self._lanes * units
         lanes = range(self.rank, self._lanes, self.world_size)
         columns = [
             torch.randperm(
@@ -176,10 +192,10 @@ class RoundPlan:
             )
             for lane in lanes
         ]
-        table = torch.stack(columns, dim=1)  # [depth, lanes]: the k-th sample of each lane
-        prompts, repeats = table // self.samples_per_prompt, table % self.samples_per_prompt
+        table = torch.stack(columns, dim=1)  # [depth, lanes]: the k-th unit of each lane
+        prompts, repeats = table // units, table % units
         places = prompts * len(lanes) + torch.arange(len(lanes))
-        return (places * self.samples_per_prompt + repeats).flatten()
+        return ((places * units + repeats) * self._unit).flatten()
 
     def _step_order(self, round_index: int, epoch: int, sample: int) -> Tensor:
         slot = self.rank + sample // self.samples_per_prompt * self.world_size

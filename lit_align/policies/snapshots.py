@@ -17,7 +17,7 @@ def ramp(step: int, flat: int, rate: float, hold: float) -> float:
 
     Args:
         step: Optimiser steps so far.
-        flat: Not negative.
+        flat: Negative for a decay that has risen for so many steps already.
         rate: Not negative.
         hold: In [0, 1].
     """

@@ -10,7 +10,9 @@ from torch import nn
 
 from lit_align.algorithms import (
     AWM,
+    CRD,
     DDPO,
+    DGPO,
     TDPO,
     TPDM,
     AdjointMatching,
@@ -141,6 +143,8 @@ METHODS = {
     "AWM": maker(
         AWM, {**ONLINE, "minibatch_size": 4, "trained_times": 1, "timestep_fraction": 1.0}
     ),
+    "CRD": maker(CRD, ONLINE),
+    "DGPO": maker(DGPO, {**ONLINE, "trained_times": 2, "timestep_fraction": 1.0}),
 }
 
 

@@ -177,7 +177,7 @@ def test_the_ratio_is_clipped():
     output = (target + 0.1).requires_grad_()
     old = module._log_prob(pairs, target, output).detach() - log_ratio
     pairs = pairs.replace(advantages=advantages, extras={"old_log_prob": old})
-    loss, logs = module.pair_loss(pairs, target, target, output, None)
+    loss, logs = module.pair_loss(pairs, target, target, output, None, None)
     (gradient,) = torch.autograd.grad(loss.sum(), output)
     assert gradient.flatten(1).any(dim=1).tolist() == [False, True, True, False]
     scaled = advantages / module.max_advantage

@@ -150,7 +150,7 @@ def test_shares_are_half_and_half_without_advantage_and_bounded():
     module = make(kl_beta=0.0, form="output", adv_clip_max=5.0)
     old, output, target = draws(3, 4, 4, 8, 8).float()
     pairs = SimpleNamespace(advantages=torch.tensor([0.0, 5.0, -5.0, 2.5]))
-    loss, _ = module.pair_loss(pairs, old, target, output, old)
+    loss, _ = module.pair_loss(pairs, old, target, output, old, None)
     gap = {
         sign: matching_error(old + sign * (output - old), target, False).float() for sign in (1, -1)
     }

@@ -23,6 +23,7 @@ UPDATES = {  # a round's steps x samples / minibatch, of two tasks each with one
     "AdjointMatching": {"sd": 3 * 8 // 8, "sd3": 2 * 8 // 8},
     "DiffusionNFT": dict.fromkeys(("sd", "sd3"), 2 * 8 // 8),
     "AWM": dict.fromkeys(("sd", "sd3"), 1 * 8 // 4),
+    **{name: dict.fromkeys(("sd", "sd3"), 2 * 8 // 8) for name in ("CRD", "DGPO")},
     "TPDM": dict.fromkeys(("sd", "sd3"), 2 * 8 // 8),  # images, in two passes
 }
 # In SD3's last block nothing reads the text's new states, and so nothing asks for its queries.
@@ -80,6 +81,7 @@ def halves(names):
 FLUX = [
     ("DDPO", "flux", "full", 3.5), ("FlowGRPO", "flux", "lora", 3.5), ("TPDM", "flux", "none", 3.5),
     ("DiffusionNFT", "flux", "full", 3.5), ("AWM", "flux", "lora", 3.5),
+    ("CRD", "flux", "lora", 3.5), ("DGPO", "flux", "full", 3.5),
     ("AdjointMatching", "flux", "lora", 3.5),
 ]  # fmt: skip
 
@@ -164,6 +166,8 @@ PAIRS = {"minibatch_size": 8, "pretraining_batch_size": 6}
         ("AdjointMatching", {}, {"minibatch_size": 24}, 3, 1),
         ("DiffusionNFT", {}, {"minibatch_size": 12}, 2, 2),
         ("AWM", {"trained_times": 2}, {"minibatch_size": 8}, 2, 2),
+        ("CRD", {}, {"minibatch_size": 12}, 3, 2),
+        ("DGPO", {}, {"minibatch_size": 8}, 2, 2),
         ("TPDM", {}, {"minibatch_size": 8}, 2, 2),
     ],
 )

@@ -93,3 +93,57 @@ def test_every_prompt_of_a_round_has_its_number_of_samples(world):
             assert len(set(zip(part.prompts, part.group_ids.tolist(), strict=True))) == 8 // world
         rounds.append(set(counts))
     assert not rounds[0] & rounds[1]
+
+
+@pytest.mark.parametrize("order", ["sample_major", "timestep_major"])
+@pytest.mark.parametrize("prompts", [6, 96])  # of 96 several lie in one lane
+def test_whole_groups_lie_side_by_side_at_one_step(order, prompts):
+    options = {"prompts_per_round": prompts, "samples_per_prompt": 3, "rollout_batch_size": 6,
+               "minibatch_size": 12, "minibatch_order": order, "whole_groups": True}  # fmt: skip
+    plan = make_plan(**options)
+    plan.check(1)
+    minibatches = [[each.view(-1, 3) for each in pair] for pair in plan.cut(0)]
+    assert len(minibatches) == plan.minibatches == prompts * 3 * 4 // 12 * 2
+    for samples, steps in minibatches:
+        assert (samples == samples[:, :1] // 3 * 3 + torch.arange(3)).all()
+        assert (steps == steps[:, :1]).all()
+    half = len(minibatches) // 2
+    for number in range(2):  # passes
+        part = minibatches[number * half :][:half]
+        groups = [first // 3 for samples, _ in part for first in samples[:, 0].tolist()]
+        told = [step for _, steps in part for step in steps[:, 0].tolist()]
+        assert Counter(groups) == dict.fromkeys(range(prompts), 4)
+        assert len(set(zip(groups, told, strict=True))) == prompts * 4
+        rows = {g: [s for h, s in zip(groups, told, strict=True) if h == g] for g in groups}
+        assert len(set(map(tuple, rows.values()))) > 3  # each draws its own
+        if order == "sample_major":
+            assert len(set(groups[:4])) == 1
+        else:
+            assert len(set(groups[:prompts])) == prompts
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("order", ["sample_major", "timestep_major"])
+@pytest.mark.parametrize("prompts", [8, 96])
+def test_processes_see_together_the_groups_of_one(prompts, order, world):
+    def seen(size, **dealt):
+        plan = make_plan(prompts_per_round=prompts, samples_per_prompt=2, rollout_batch_size=2,
+                         minibatch_size=size, minibatch_order=order, whole_groups=True,
+                         **dealt)  # fmt: skip
+        plan.check(1)
+        return [
+            set(zip(plan.positions[samples].tolist(), steps.tolist(), strict=True))
+            for samples, steps in plan.cut(3)
+        ]
+
+    parts = [seen(32 // world, rank=rank, world_size=world) for rank in range(world)]
+    for whole, *shares in zip(seen(32), *parts, strict=True):
+        assert sum(map(len, shares)) == len(whole) == 32
+        assert set().union(*shares) == whole
+
+
+def test_minibatches_that_break_groups_are_refused():
+    plan = make_plan(samples_per_prompt=6, minibatch_size=16, whole_groups=True)
+    message = r"`minibatch_size` \(16\) must be a multiple of 6 and divide the 384 pairs .*images "
+    with pytest.raises(ValueError, match=message + r"of a prompt.*use 6, 12, 24, 48, 96\."):
+        plan.check(1)

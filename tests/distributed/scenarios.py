@@ -56,6 +56,8 @@ METHODS = {
         "family": "sd", "train": "lora", "num_inference_steps": 4, "trained_times": 2,
         "kl_beta": 0.1,
     },
+    "CRD": {"family": "sd", "train": "lora", "rollout_decay": (1, 0.3, 0.6)},
+    "DGPO": {"family": "sd3", "train": "lora"},
     "TPDM": {
         "family": "sd3", "train": "none", "num_inference_steps": 6, "kl_coef": 0.1,
         "shared_init_noise": True,
@@ -67,6 +69,7 @@ RUNS = [
     *(("ReFL", "ddp"), ("DRaFT", "fsdp2"), ("AlignProp", "ddp"), ("DRTune", "fsdp2")),
     *(("NablaGFlowNet", "fsdp2"), ("AdjointMatching", "ddp"), ("FlowGRPO", "fsdp2")),
     *(("DiffusionNFT", "fsdp2"), ("AWM", "ddp"), ("TPDM", "fsdp2")),
+    *(("CRD", "fsdp2"), ("DGPO", "ddp")),
 ]
 # Gradients of untrained models are tiny, and AdamW's epsilon would hide them.
 SCALE = {"loss_scale": 1e3}
@@ -81,13 +84,13 @@ SIZES = {
     **{name: {"minibatch_size": 4} for name in ("ReFL", "DRaFT", "AlignProp", "DRTune")},
     "NablaGFlowNet": {"minibatch_size": 8},
     "AdjointMatching": {"minibatch_size": 12},
-    **{name: {"minibatch_size": 8} for name in ("DiffusionNFT", "AWM", "TPDM")},
+    **{name: {"minibatch_size": 8} for name in ("DiffusionNFT", "AWM", "CRD", "DGPO", "TPDM")},
 }
 # Updates to the middle of the first round, of 4 of TDPO's, 5 of LargeScaleRL's (there of the second
 # task), and 2 of the others.
 MIDDLE = {**dict.fromkeys(METHODS, 1), "TDPO": 2, "LargeScaleRL": 3}
 ONLINE = ("DDPO", "FlowGRPO", "TDPO", "LargeScaleRL", "NablaGFlowNet", "AdjointMatching",
-          "DiffusionNFT", "AWM", "TPDM")  # fmt: skip
+          "DiffusionNFT", "AWM", "CRD", "DGPO", "TPDM")  # fmt: skip
 RESET = 5  # updates
 TIMEOUT = 600  # seconds
 
