@@ -67,6 +67,16 @@ def metrics(run):
         return [{k: v for k, v in row.items() if "time/" not in k} for row in csv.DictReader(file)]
 
 
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """The folder of one run of CONFIG, for tests that compare others with it."""
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "config.yaml").write_text(CONFIG)
+    where = ["--runs_dir", str(folder / "runs"), "--name", "plain"]
+    main(["fit", "--config", str(folder / "config.yaml"), *where])
+    return folder / "runs" / "plain" / "version_0"
+
+
 def test_a_run_leaves_its_folder_and_the_table(capsys):
     run = fit()
     assert {p.name for p in run.iterdir()} >= {
@@ -82,20 +92,19 @@ def test_a_run_leaves_its_folder_and_the_table(capsys):
     assert (first["reward_queries"], last["reward_queries"]) == ("0.0", "8.0")
 
 
-def test_the_saved_configuration_is_complete_and_repeats_the_run():
-    run = fit()
-    saved = yaml.safe_load((run / "config.yaml").read_text())
+def test_the_saved_configuration_is_complete_and_repeats_the_run(plain_run):
+    saved = yaml.safe_load((plain_run / "config.yaml").read_text())
     assert saved["model"]["init_args"]["adv_clip_max"] == 5.0
-    main(["fit", "--config", str(run / "config.yaml")])
-    assert metrics(run.parent / "version_1") == metrics(run)
+    main(["fit", "--config", str(plain_run / "config.yaml")])
+    assert metrics(plain_run.parent / "version_1") == metrics(plain_run)
 
 
-def test_the_same_command_twice_gives_the_same_metrics():
-    assert metrics(fit()) == metrics(fit())
+def test_the_same_command_twice_gives_the_same_metrics(plain_run):
+    assert metrics(fit()) == metrics(plain_run)
 
 
-def test_resume_continues_in_the_same_folder_as_if_nothing_had_happened(capsys):
-    whole = fit(name="whole")
+def test_resume_continues_in_the_same_folder_as_if_nothing_had_happened(plain_run):
+    whole = plain_run
     half = fit("--trainer.max_epochs", "1", name="half")
     (checkpoint,) = (half / "checkpoints").iterdir()
     resumed = fit("--ckpt_path", str(checkpoint), name="half")
@@ -213,14 +222,15 @@ def test_resume_of_the_last_run_by_name_and_configuration_wins(capsys):
     assert saved["model"]["init_args"]["lr"] == 5e-4
 
 
-def test_evaluation_takes_what_is_unset_from_the_checkpoint(capsys):
-    run = fit()
-    (checkpoint,) = (run / "checkpoints").iterdir()
+def test_evaluation_takes_what_is_unset_from_the_checkpoint(plain_run, capsys):
+    (checkpoint,) = (plain_run / "checkpoints").iterdir()
     capsys.readouterr()
     main(["validate", "--ckpt_path", str(checkpoint), "--trainer.accelerator", "cpu",
           "--trainer.enable_progress_bar", "false"])  # fmt: skip
     (told,) = re.findall(r"val/reward/verifier\W+([\d.]+)", capsys.readouterr().out)
-    expected = [row["val/reward/verifier"] for row in metrics(run) if row["val/reward/verifier"]]
+    expected = [
+        row["val/reward/verifier"] for row in metrics(plain_run) if row["val/reward/verifier"]
+    ]
     assert float(told) == pytest.approx(float(expected[-1]), abs=1e-6)
     main(["test", "--ckpt_path", str(checkpoint), "--trainer.accelerator", "cpu",
           "--trainer.enable_progress_bar", "false",
