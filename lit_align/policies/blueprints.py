@@ -31,16 +31,9 @@ from transformers import (
 
 from lit_align.shapes.grammar import vocabulary
 from lit_align.shapes.scene import IMAGE_SIZE
-from lit_align.shapes.tokens import MAX_TOKENS, byte_pair_tables
+from lit_align.shapes.tokens import MAX_TOKENS, tokenizer_options
 
 _LATENT_SIDE = IMAGE_SIZE // 4
-
-
-def build_tokenizer() -> CLIPTokenizer:
-    """Return a CLIP tokenizer for captions of at most 14 words."""
-    vocab, merges = byte_pair_tables()
-    options: dict[str, Any] = {"vocab": vocab, "merges": merges}
-    return CLIPTokenizer(**options, model_max_length=MAX_TOKENS)
 
 
 def build_vae(widths: tuple[int, ...] = (16, 32, 32), layers_per_block: int = 1) -> AutoencoderKL:
@@ -72,7 +65,7 @@ def build_shapes_sd(
         text_width: Width of the text encoder.
         prediction_type: "epsilon" or "v_prediction".
     """
-    tokenizer = build_tokenizer()
+    tokenizer = CLIPTokenizer(**tokenizer_options())
     unet = UNet2DConditionModel(
         sample_size=_LATENT_SIDE,
         block_out_channels=widths,
@@ -119,7 +112,7 @@ def build_shapes_sd3(
         head_width: Width of a head.
         text_width: Width of each text encoder.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = CLIPTokenizer(**tokenizer_options())
     transformer = SD3Transformer2DModel(
         sample_size=_LATENT_SIDE,
         patch_size=2,
@@ -168,7 +161,7 @@ def build_shapes_flux(
         guidance_embeds: Whether the guidance scale is an input of the transformer, as in Flux.1-dev
             and not in schnell; dev's times also depend on the image size.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = CLIPTokenizer(**tokenizer_options())
     t5_tokenizer, t5 = _build_t5(text_width)
     axis = head_width // 4
     transformer = FluxTransformer2DModel(

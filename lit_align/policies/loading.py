@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,9 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-Dtype = Literal["float32", "float16", "bfloat16"]
+from lit_align.shapes import ASSETS
 
-ASSETS = Path(str(resources.files("lit_align.shapes"))) / "assets"
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 
 from lit_align.rewards.base import Metadata, RewardModule
+from lit_align.shapes import ASSETS
 from lit_align.shapes.scene import IMAGE_SIZE
-from lit_align.shapes.tokens import MAX_TOKENS, byte_pair_tables
+from lit_align.shapes.tokens import MAX_TOKENS, tokenizer_options
 
 
 class ShapesCLIP(RewardModule):
@@ -34,12 +34,10 @@ class ShapesCLIP(RewardModule):
     def __init__(self, pretrained: str | None = None, model: CLIPModel | None = None) -> None:
         super().__init__()
         if model is None:
-            folder = pretrained or str(
-                Path(str(resources.files("lit_align.shapes"))) / "assets" / "shapes-clip"
-            )
+            folder = pretrained or str(ASSETS / "shapes-clip")
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
         self.model = model.requires_grad_(False).eval()
-        self.tokenizer = _build_tokenizer()
+        self.tokenizer = CLIPTokenizer(**tokenizer_options())
 
     def forward(
         self,
@@ -85,7 +83,7 @@ class ShapesCLIP(RewardModule):
 
 def build_shapes_clip(width: int = 64, layers: int = 3) -> ShapesCLIP:
     """Return a dual encoder with random weights and a `width`-dimensional embedding."""
-    tokenizer = _build_tokenizer()
+    tokenizer = CLIPTokenizer(**tokenizer_options())
     sizes: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -103,9 +101,3 @@ def build_shapes_clip(width: int = 64, layers: int = 3) -> ShapesCLIP:
     vision = {"image_size": IMAGE_SIZE, "patch_size": 4, "num_hidden_layers": layers, **sizes}
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision, projection_dim=width)
     return ShapesCLIP(model=CLIPModel(config))
-
-
-def _build_tokenizer() -> CLIPTokenizer:
-    vocab, merges = byte_pair_tables()
-    options: dict[str, Any] = {"vocab": vocab, "merges": merges}
-    return CLIPTokenizer(**options, model_max_length=MAX_TOKENS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lit_align.shapes.grammar import vocabulary
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -22,6 +24,12 @@ def byte_pair_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
             tokens.append(parts[0] + parts[1])
             parts = _merge(parts, merges[-1])
     return {token: index for index, token in enumerate([*tokens, START, END])}, merges
+
+
+def tokenizer_options() -> dict[str, Any]:
+    """Return the arguments of transformers' `CLIPTokenizer` for captions."""
+    vocab, merges = byte_pair_tables()
+    return {"vocab": vocab, "merges": merges, "model_max_length": MAX_TOKENS}
 
 
 def _byte_alphabet() -> list[str]:
