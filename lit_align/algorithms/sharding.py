@@ -104,15 +104,15 @@ def check_sharded(module: nn.Module) -> None:
     Raises:
         ValueError: If one is not; the message names it.
     """
-    whole = [
+    unsharded = [
         name
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and not isinstance(parameter, DTensor)
     ]
-    if whole:
+    if unsharded:
         raise ValueError(
-            f"FSDP2 left {len(whole)} trainable tensor(s) whole, first {whole[0]!r}, so that its "
-            "gradient would differ between processes; put it into an `nn.Module` that is a child "
+            f"FSDP2 left {len(unsharded)} trainable tensor(s) whole, first {unsharded[0]!r}: its "
+            "gradient would differ between processes. Put it into an `nn.Module` that is a child "
             "of the LightningModule or of the policy and is called as a module."
         )
 

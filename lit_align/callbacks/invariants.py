@@ -49,8 +49,10 @@ class InvariantsCallback(Callback):
             raise ValueError(f"`ratio_tolerance` must be positive, got {ratio_tolerance}.")
         self.ratio_tolerance = ratio_tolerance
         self.check_rewards = check_rewards
-        # A round that is continued in its middle is not called a new one, and is not on-policy.
-        self._named: list[tuple[str, nn.Parameter]] = []  # walking the module takes longer
+        # The parameters by name, kept: to walk through the module for them would slow each update.
+        self._named: list[tuple[str, nn.Parameter]] = []
+        # Whether a round's first update is still to come. Where a run is resumed within a round it
+        # is over, and the policy is no longer the one that sampled.
         self._new_round = False
         self._round_step = 0
         self._modules_checked = False
