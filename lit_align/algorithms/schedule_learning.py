@@ -46,8 +46,11 @@ class ScheduleModule(OnlineModule, ABC):
         t_min: Noise level below which an image is finished, in (0, 1).
         final_to_zero: See `LearnedSchedule`.
         head_width: Channels of the `TimePredictor`.
-        init_alpha: Bias of its first output at the start.
-        init_beta: Of its second; ratios start around ``sigmoid(init_alpha - init_beta)``.
+        init_alpha: Bias of its first output at the start; by default 2.5, with `init_steps` 0.
+        init_beta: Of its second, by default 1, with `init_steps` 0; ratios start around
+            ``sigmoid(init_alpha - init_beta)``.
+        init_steps: Start as a fixed schedule of so many steps instead; see `TimePredictor`.
+        init_shift: Shift of that schedule.
         feature_dtype: That features are kept in for the updates. A round holds samples x T of them
             in main memory: for Stable Diffusion 3 at 1024 pixels 25 MB each in 16 bits.
         shared_init_noise: Start the images of a prompt from the same noise, so that they differ by
@@ -71,8 +74,10 @@ class ScheduleModule(OnlineModule, ABC):
         t_min: float = 0.01,
         final_to_zero: bool = True,
         head_width: int = 128,
-        init_alpha: float = 2.5,
-        init_beta: float = 1.0,
+        init_alpha: float | None = None,
+        init_beta: float | None = None,
+        init_steps: int = 0,
+        init_shift: float = 1.0,
         feature_dtype: FeatureDtype = "bfloat16",
         shared_init_noise: bool = False,
         num_inference_steps: int = 28,
@@ -90,7 +95,10 @@ class ScheduleModule(OnlineModule, ABC):
             raise ValueError(f"`t_min` must lie in (0, 1), got {t_min}.")
         self.t_min, self.final_to_zero = t_min, final_to_zero
         self.feature_dtype: torch.dtype = getattr(torch, feature_dtype)
-        self.head = TimePredictor.for_policy(policy, head_width, init_alpha, init_beta)
+        self.head = TimePredictor.for_policy(
+            policy, head_width, init_alpha=init_alpha, init_beta=init_beta, init_steps=init_steps,
+            init_shift=init_shift,
+        )  # fmt: skip
         self.mean_steps = MeanMetric()
 
     @property

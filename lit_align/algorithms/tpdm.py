@@ -23,7 +23,10 @@ Deviations:
     4. Images that are finished are no longer computed.
     5. Models that predict noise or v take DDIM's steps at real-valued times; the official code
        takes those of DPM-Solver++ at truncated ones.
-    6. An update whose gradient is not finite is not skipped; InvariantsCallback stops there.
+    6. With `init_steps` the head starts as a fixed schedule, and learns what to change of it; the
+       paper's starts at a constant ratio, and first has to find out that steps near the image
+       should be relatively longer.
+    7. An update whose gradient is not finite is not skipped; InvariantsCallback stops there.
 """
 
 from __future__ import annotations
@@ -138,7 +141,8 @@ class TPDM(ScheduleModule):
         assert minibatch.advantages is not None
         assert minibatch.weights is not None
         extras, alive = minibatch.extras, minibatch.extras["alive"]
-        alpha, beta = self.head(extras["features"][alive], extras["embedding"][alive])
+        seen = (extras[name][alive] for name in ("features", "embedding", "levels"))
+        alpha, beta = self.head(*seen)
         change = torch.zeros_like(minibatch.log_probs)
         log_prob = beta_log_prob(extras["ratios"][alive], alpha, beta)
         change[alive] = log_prob - minibatch.log_probs[alive]

@@ -146,7 +146,7 @@ class LearnedSchedule:
     def options(self) -> dict[str, Any]:
         """Return what `from_tensors` needs beside the head's tensors, as plain values."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "head"}
-        sizes = ("channels", "embedding_dim", "width")
+        sizes = ("channels", "embedding_dim", "width", "init_steps", "init_shift")
         return {**fields, "head": {name: getattr(self.head, name) for name in sizes}}
 
     @classmethod
@@ -252,7 +252,7 @@ class _Walk:
             # The head must read here what it will read in training.
             maps = maps.to(self._feature_dtype)
             seen |= {"features": maps.cpu(), "embedding": features.embedding}
-        seen["shapes"] = torch.stack(self._schedule.head(maps, features.embedding), dim=1)
+        seen["shapes"] = torch.stack(self._schedule.head(maps, features.embedding, levels), dim=1)
         return output, seen
 
     def _write(self, seen: dict[str, Tensor], step: int) -> None:

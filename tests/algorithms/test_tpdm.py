@@ -37,7 +37,7 @@ class StepHead(nn.Module):
         # Of both steps: Beta(6, 5) and Beta(5, 6), polynomials that quadrature integrates exactly.
         self.logits = nn.Parameter(torch.tensor([[5, 4], [4, 5]], dtype=torch.float64).log())
 
-    def forward(self, maps, embedding):
+    def forward(self, maps, embedding, levels):
         return (1 + (embedding @ self.logits).exp()).unbind(dim=1)
 
 

@@ -20,9 +20,10 @@ def generators():
     return sample_generators("test", 0, 0, range(len(PROMPTS)))
 
 
-def schedule_of(policy, init=(2.5, 1.0), **options):
+def schedule_of(policy, init=(2.5, 1.0), start=0, **options):
     torch.manual_seed(1)
-    head = TimePredictor.for_policy(policy, 16, *init)
+    biases = {} if start else {"init_alpha": init[0], "init_beta": init[1]}
+    head = TimePredictor.for_policy(policy, 16, **biases, init_steps=start)
     with torch.no_grad():
         head.out.weight.normal_(std=0.5)  # so that samples take different numbers of steps
     return LearnedSchedule(head, **{"guidance_scale": 1.0, **options})
@@ -44,7 +45,7 @@ class Constant(nn.Module):
     def check_fits(self, policy):
         pass
 
-    def forward(self, maps, embedding):
+    def forward(self, maps, embedding, levels):
         return beta_around(torch.full((len(maps),), self.mode), self.concentration)
 
 
@@ -236,23 +237,25 @@ def test_with_many_steps_a_gaussian_is_drawn(scheduler, output):
     torch.testing.assert_close(final, MEAN + STD * start, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("start", [0, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @FAMILIES
-def test_stored_features_give_the_log_probabilities_again(family, guidance_scale, dtype):
+def test_stored_features_give_the_log_probabilities_again(family, guidance_scale, dtype, start):
     policy = tiny_policy(family, train="none")
-    schedule = schedule_of(policy, guidance_scale=guidance_scale, t_min=0.1)
+    schedule = schedule_of(policy, start=start, guidance_scale=guidance_scale, t_min=0.1)
     trajectory = sample(policy, schedule, explore=True, feature_dtype=dtype)
     extras, alive = trajectory.extras, trajectory.extras["alive"]
     assert extras["features"].dtype == dtype
     assert extras["features"].shape[2] == schedule.head.channels
+    seen = [extras[name] for name in ("features", "embedding", "levels")]
     for step in range(int(alive.sum(dim=1).max())):  # in the batches of the rollout: bit by bit
         now = alive[:, step]
-        shapes = schedule.head(extras["features"][now, step], extras["embedding"][now, step])
+        shapes = schedule.head(*(values[now, step] for values in seen))
         assert torch.equal(torch.stack(shapes, dim=1), extras["shapes"][now, step])
         again = beta_log_prob(extras["ratios"][now, step], *shapes)
         assert torch.equal(again, trajectory.log_probs[now, step])
-    whole = schedule.head(extras["features"][alive], extras["embedding"][alive])
+    whole = schedule.head(*(values[alive] for values in seen))
     again = beta_log_prob(extras["ratios"][alive], *whole)
     torch.testing.assert_close(again, trajectory.log_probs[alive], atol=1e-4, rtol=1e-4)
     mode = sample(policy, schedule)
@@ -286,11 +289,14 @@ def test_draws_are_those_of_the_generators():
     assert not torch.equal(mode.latents[:, 1], runs[0][:, 1])
 
 
+@pytest.mark.parametrize("start", [0, 6])
 @FAMILIES
-def test_a_saved_schedule_draws_the_same_images_with_a_plain_pipeline(family, tmp_path):
+def test_a_saved_schedule_draws_the_same_images_with_a_plain_pipeline(family, start, tmp_path):
     policy = tiny_policy(family, train="none")
     name = type(policy.pipeline).__name__
-    schedule = schedule_of(policy, pipeline=name, max_steps=9, t_min=0.05, guidance_scale=2.0)
+    schedule = schedule_of(
+        policy, start=start, pipeline=name, max_steps=9, t_min=0.05, guidance_scale=2.0
+    )
     trajectory = sample(policy, schedule)
     expected = uint8_images(policy.decode(trajectory.latents[:, -1]))
     schedule.save_pretrained(tmp_path)

@@ -9,7 +9,8 @@ from tests.conftest import tiny_policy
 
 
 def features(batch=4, channels=6, embedding_dim=5, side=8):
-    return torch.randn(batch, channels, side, side), torch.randn(batch, embedding_dim)
+    maps = torch.randn(batch, channels, side, side)
+    return maps, torch.randn(batch, embedding_dim), torch.linspace(1, 0.1, batch)
 
 
 def test_it_has_the_papers_size_on_stable_diffusion_3():
@@ -43,24 +44,24 @@ def test_weights_at_the_start():
 def test_the_first_half_of_the_modulation_shifts_and_the_second_scales():
     """With scale -1 nothing of the maps is left, and without a shift nothing at all."""
     head = TimePredictor(6, 5, 8)
-    maps, embedding = features()
+    maps, embedding, levels = features()
     with torch.no_grad():
         head.modulation.weight.zero_()
         head.modulation.bias[:8], head.modulation.bias[8:] = 3.0, -1.0
-    constant = torch.stack(head(maps, embedding))
-    torch.testing.assert_close(constant, torch.stack(head(0 * maps, embedding)))
+    constant = torch.stack(head(maps, embedding, levels))
+    torch.testing.assert_close(constant, torch.stack(head(0 * maps, embedding, levels)))
     with torch.no_grad():
         head.modulation.bias[8:] = 0.0
-    assert not torch.allclose(torch.stack(head(maps, embedding)), constant)
+    assert not torch.allclose(torch.stack(head(maps, embedding, levels)), constant)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_computes_in_float32(dtype):
     head = TimePredictor(6, 5, 8)
-    maps, embedding = (values.to(dtype) for values in features())
-    expected = head(maps.float(), embedding.float())
+    maps, embedding, levels = (values.to(dtype) for values in features())
+    expected = head(maps.float(), embedding.float(), levels)
     with torch.autocast("cpu", torch.bfloat16):
-        found = head(maps, embedding)
+        found = head(maps, embedding, levels)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
@@ -69,7 +70,7 @@ def test_it_computes_in_float32(dtype):
 @pytest.mark.parametrize("side", [(2, 2), (5, 3), (40, 40)])
 def test_maps_of_any_size(side):
     head = TimePredictor(6, 5, 8)
-    alpha, beta = head(torch.randn(2, 6, *side), torch.randn(2, 5))
+    alpha, beta = head(torch.randn(2, 6, *side), torch.randn(2, 5), torch.ones(2))
     assert (alpha > 1).all()
     assert (beta > 1).all()
 
@@ -86,10 +87,33 @@ def test_average_before_maximum_in_pooling():
     head.conv_out.register_forward_hook(lambda module, i, output: inputs.append(output))
     maps = torch.zeros(1, 1, 80, 80)
     maps[0, 0, 40, 40] = 1e4
-    head(maps, torch.zeros(1, 1))
+    head(maps, torch.zeros(1, 1), torch.ones(1))
     expected = torch.nn.functional.adaptive_avg_pool2d(inputs[0], 16).amax()
     assert seen[0].item() == pytest.approx(expected.item())
     assert seen[0].item() < inputs[0].max().item()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_it_may_start_as_a_fixed_schedule(shift):
+    """Ten steps, u_k = 1 - k / 10 before the shift; the last one falls below every sensible end."""
+    head = TimePredictor(6, 5, 128, init_steps=10, init_shift=shift)
+    assert head.out.bias.tolist() == [0.0, 0.0]
+    even = torch.arange(10, 0, -1) / 10
+    levels = shift * even / (1 + (shift - 1) * even)
+    maps, embedding, _ = features(10)
+    alpha, beta = head(maps, embedding, levels)
+    reached = levels * beta_mode(alpha, beta)
+    torch.testing.assert_close(reached[:-1], levels[1:], atol=1e-2, rtol=0)
+    assert reached[-1] < 0.01
+    assert ((alpha + beta)[:-1] - 20).abs().max() < 0.7  # the head's a and b are near 0
+    assert alpha.requires_grad
+
+
+def test_a_wrong_start_is_refused():
+    with pytest.raises(ValueError, match=r"`init_steps`.*`init_shift` positive, got -1 and 1"):
+        TimePredictor(6, 5, 8, init_steps=-1)
+    with pytest.raises(ValueError, match="got 10 and 0"):
+        TimePredictor(6, 5, 8, init_steps=10, init_shift=0)
 
 
 def test_a_head_for_other_features_is_refused():
