@@ -18,12 +18,21 @@ from lit_align.policies.blueprints import build_shapes_flux, build_shapes_sd, bu
 # Results must not depend on how many cores there are, and the networks are too small to share.
 torch.set_num_threads(1)
 
-# Files that take a minute or more: first, so that both workers end together.
-LONG = {"test_distributed", "test_notebooks", "test_resume", "test_cli"}
+# Files that take half a minute or more, the longest first, so that both workers end together.
+LONG = (
+    "test_distributed", "test_matrix", "test_notebooks", "test_configs", "test_resume", "test_cli",
+    "test_invariants", "test_memory", "test_generate_schedule",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    places = {stem: place for place, stem in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+# What the server of started processes imports once for all of them. Of the installed package only:
+# in a test's folder it does not find the tests.
+PRELOADED = ["lit_align.cli", "lit_align.policies.blueprints"]
 
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}

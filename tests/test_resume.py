@@ -16,6 +16,7 @@ from lit_align.cli import main
 from tests import victim
 from tests.algorithms.harness import fit as fit_module
 from tests.algorithms.harness import make_ddpo, make_trainer, prompt_loader
+from tests.conftest import PRELOADED
 from tests.test_cli import CONFIG
 
 SAVER = "lightning.pytorch.callbacks.ModelCheckpoint"
@@ -256,7 +257,7 @@ def test_saves_wait_for_the_end_of_an_accumulation_window_and_of_the_round():
 def children(*runs):
     """Run command lines in processes of their own, side by side; return their exit codes."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.victim"])
+    server.set_forkserver_preload(PRELOADED)
     processes = [
         server.Process(target=victim.run, args=(str(Path.cwd()), *run), daemon=True) for run in runs
     ]
