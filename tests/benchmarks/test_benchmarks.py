@@ -59,10 +59,11 @@ def test_grid_skips_finished_runs_and_summarises(tmp_path, monkeypatch, capsys):
     assert (results / "curves.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
-def test_overhead_prints_a_ratio(family, tmp_path, capsys):
+@pytest.mark.parametrize(("family", "callbacks"), [("sd", False), ("sd3", True)])
+def test_overhead_prints_a_ratio(family, callbacks, tmp_path, capsys):
     tiny_pipeline(family).save_pretrained(tmp_path)
-    overhead.overhead([str(tmp_path)], rounds=2, images_per_round=4, num_inference_steps=3)
+    sizes = {"rounds": 2, "images_per_round": 4, "num_inference_steps": 3}
+    overhead.overhead([str(tmp_path)], **sizes, callbacks=callbacks)
     row = capsys.readouterr().out.splitlines()[-1].split()
     ratio, speed = float(row[1]), float(row[-1])
     assert ratio > 0.2
