@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -93,11 +93,12 @@ def generate(
             guidance are taken, with its own policy or on top of `ckpt_path` or `pretrained`.
     """
     opened = _open(ckpt_path, pretrained, lora, weights, image_size, schedule)
-    policy, default_steps, default_guidance, learned = opened
+    policy = opened.policy
     if lora_scale != 1:
         scale_lora(policy.denoiser, lora_scale)
-    guidance_scale = default_guidance if guidance_scale is None else guidance_scale
-    sampling = (num_inference_steps or default_steps, guidance_scale, learned)
+    guidance_scale = opened.guidance_scale if guidance_scale is None else guidance_scale
+    steps = num_inference_steps or opened.num_inference_steps
+    sampling = (steps, guidance_scale, opened.schedule)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     for number, prompt in enumerate(_read_prompts(prompts)):
         seeds = [seed + k for k in range(images_per_prompt)]
@@ -112,7 +113,13 @@ def _write_images(images: torch.Tensor, folder: Path, number: int) -> None:
         Image.fromarray(pixels.numpy()).save(folder / f"{number:04d}_{k}.png")
 
 
-Opened = tuple[DiffusionPolicy, int, float, LearnedSchedule | None]
+class Opened(NamedTuple):
+    """A policy, and how it is sampled from unless something else is asked for."""
+
+    policy: DiffusionPolicy
+    num_inference_steps: int
+    guidance_scale: float
+    schedule: LearnedSchedule | None = None
 
 
 def _open(
@@ -123,7 +130,7 @@ def _open(
     image_size: int | None,
     schedule: str | None,
 ) -> Opened:
-    """Return a policy with its default number of steps and guidance scale, and its schedule."""
+    """Open a policy, and the schedule that it is sampled by."""
     if ckpt_path is None and pretrained is None and Path(schedule or "").is_file():
         ckpt_path = schedule
     opened = _open_policy(ckpt_path, pretrained, lora, weights, image_size)
@@ -131,8 +138,8 @@ def _open(
         return opened
     assert schedule is not None
     learned = open_schedule(schedule)
-    learned.check_fits(opened[0])
-    return opened[0], learned.max_steps, learned.guidance_scale, learned
+    learned.check_fits(opened.policy)
+    return Opened(opened.policy, learned.max_steps, learned.guidance_scale, learned)
 
 
 def _open_policy(
@@ -153,13 +160,14 @@ def _open_policy(
         policy = DiffusionPolicy.from_pretrained(pretrained, train="none", image_size=image_size)
         if lora is not None:
             policy.pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
-        return policy, 20, 3.0, None
+        return Opened(policy, num_inference_steps=20, guidance_scale=3.0)
     assert ckpt_path is not None
     module = load_module(ckpt_path, weights)
     if not isinstance(module, AlignmentModule):
         raise ValueError(f"{ckpt_path!r} holds a {type(module).__name__}; `export` it first.")
     learned = module.schedule if isinstance(module, ScheduleModule) else None
-    return module.policy, module.eval_num_inference_steps, module.guidance_scale, learned
+    steps, guidance_scale = module.eval_num_inference_steps, module.guidance_scale
+    return Opened(module.policy, steps, guidance_scale, learned)
 
 
 def open_schedule(path: str) -> LearnedSchedule:
