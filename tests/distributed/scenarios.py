@@ -1,14 +1,11 @@
-"""Short runs on one process or two, and what they leave behind to be compared.
-
-python -m tests.distributed.scenarios FOLDER       as one of two processes, see `launch`
-"""
+"""Short runs on one process or two, and what they leave behind to be compared."""
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
@@ -31,8 +28,8 @@ from tests.algorithms.harness import (
     prompt_loader,
     tiny_critic,
 )
+from tests.conftest import PRELOADED
 
-ROOT = Path(__file__).parent.parent.parent
 STRATEGIES = ("ddp", "fsdp2")
 ROUNDS = 2
 METHODS = {
@@ -45,7 +42,7 @@ METHODS = {
         "family": "sd3", "train": "full", "lr_critic": 2e-3, "kl_coef": 0.1, "kl_target": 1e-3,
     },
     "LargeScaleRL": {"family": "sd3", "train": "full", "timestep_fraction": 1.0},
-    "ReFL": {"family": "sd", "train": "lora"},
+    "ReFL": {"family": "sd3", "train": "lora"},
     "DRaFT": {"family": "sd3", "train": "full"},
     "AlignProp": {"family": "sd3", "train": "full", "num_inference_steps": 4},
     "DRTune": {"family": "sd", "train": "lora"},
@@ -53,7 +50,7 @@ METHODS = {
     "AdjointMatching": {"family": "sd", "train": "lora"},
     "DiffusionNFT": {"family": "sd3", "train": "full", "kl_beta": 0.1},
     "AWM": {
-        "family": "sd", "train": "lora", "num_inference_steps": 4, "trained_times": 2,
+        "family": "sd3", "train": "lora", "num_inference_steps": 4, "trained_times": 2,
         "kl_beta": 0.1,
     },
     "CRD": {"family": "sd", "train": "lora", "rollout_decay": (1, 0.3, 0.6)},
@@ -92,7 +89,7 @@ MIDDLE = {**dict.fromkeys(METHODS, 1), "TDPO": 2, "LargeScaleRL": 3}
 ONLINE = ("DDPO", "FlowGRPO", "TDPO", "LargeScaleRL", "NablaGFlowNet", "AdjointMatching",
           "DiffusionNFT", "AWM", "CRD", "DGPO", "TPDM")  # fmt: skip
 RESET = 5  # updates
-TIMEOUT = 600  # seconds
+TIMEOUT = 1800  # seconds, of a machine that does other work too
 
 # AdamW divides by sqrt(v) + eps. Gradients that are zero but for rounding (of biases before a
 # softmax or a normalisation) would be blown up to steps of size lr with the default of 1e-8; the
@@ -147,7 +144,8 @@ def run(
 ):  # fmt: skip
     """Train and write `NAME-RANK.pt` with samples, logs and weights, and checkpoints.
 
-    They are `NAME/epoch=N.ckpt`, and of one process `NAME/step=N.ckpt` in the middle of a round.
+    They are `NAME/epoch=N.ckpt`, and of one process `NAME/step=N.ckpt` in the middle of a round; a
+    run that is resumed writes none.
     Without a strategy it is the one process that the two must agree with.
     """
     processes = 1 if strategy is None else 2
@@ -158,8 +156,10 @@ def run(
     # Lightning calls it once per fit, validate, ...
     module.configure_model = lambda: (configure(), configure())
     every_round = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
-    savers = [ModelCheckpoint(folder / name, "{epoch}", save_top_k=-1, **every_round)]
-    if strategy is None:
+    savers = []
+    if resume is None:
+        savers.append(ModelCheckpoint(folder / name, "{epoch}", save_top_k=-1, **every_round))
+    if resume is None and strategy is None:
         within = {"every_n_train_steps": MIDDLE[method]}
         savers.append(ModelCheckpoint(folder / name, "{step}", save_top_k=-1, **within))
     resets = [NeuronResetCallback(every_n_steps=RESET)] if method == "TDPO" else []
@@ -171,7 +171,7 @@ def run(
         gradient_clip_val=0.5,
         precision=precision,
         callbacks=[*resets, recorder, *savers],
-        enable_checkpointing=True,
+        enable_checkpointing=resume is None,
     )
     experience = experience_of(module, rank, processes)
     trainer.fit(module, experience, ckpt_path=resume, weights_only=True)
@@ -240,35 +240,34 @@ def both(folder):
     (folder / "refused.txt").write_text(str(refused.value))
 
 
-def launch(command, **environment):
-    """Run a command as two processes of one node; return their outputs."""
+def launch_both(folder):
+    """Run `both` in two processes of one node, forked from one that has imported all they need."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-    shared = {
-        **os.environ,
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"},
-        **{"NODE_RANK": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        **environment,
-    }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    node = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+            "NODE_RANK": "0"}  # fmt: skip
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
     pair = [
-        subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}, **pipes)
+        server.Process(target=_as_one_of_two, args=(folder, {**node, "LOCAL_RANK": str(rank)}))
         for rank in range(2)
     ]
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
-    for process, output in zip(pair, outputs, strict=True):
-        assert process.returncode == 0, output
-    return outputs
+    for process in pair:
+        process.start()
+    end = time.monotonic() + TIMEOUT
+    for process in pair:
+        process.join(max(0, end - time.monotonic()))
+    for process in pair:
+        process.kill()  # does nothing to one that has ended
+        process.join()
+    for rank, process in enumerate(pair):
+        assert process.exitcode == 0, (folder / f"output-{rank}.txt").read_text()[-10_000:]
 
 
-def launch_both(folder):
-    launch([sys.executable, "-m", "tests.distributed.scenarios", str(folder)])
-
-
-if __name__ == "__main__":
-    both(Path(sys.argv[1]))
+def _as_one_of_two(folder, environment):
+    os.environ |= environment
+    torch.set_num_threads(1)
+    rank = environment["LOCAL_RANK"]
+    sys.stdout = sys.stderr = (folder / f"output-{rank}.txt").open("w", buffering=1)
+    both(folder)
