@@ -118,8 +118,9 @@ def _draw(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> Figure:
     for axis, name in zip(axes, shown, strict=False):
         seeds = curves[name]
         for reward in _rewards(seeds):
-            queries = [row["reward_queries"] for row in seeds[0]]
-            gains = [[row[reward] - seed[0][reward] for row in seed] for seed in seeds]
+            shared = min(map(len, seeds))  # a run may have been stopped early
+            queries = [row["reward_queries"] for row in seeds[0][:shared]]
+            gains = [[row[reward] - seed[0][reward] for row in seed[:shared]] for seed in seeds]
             points = list(zip(*gains, strict=True))
             label = reward.removeprefix("val/reward/")
             (line,) = axis.plot(queries, [statistics.mean(p) for p in points], label=label)

@@ -59,6 +59,15 @@ def test_grid_skips_finished_runs_and_summarises(tmp_path, monkeypatch, capsys):
     assert (results / "curves.png").stat().st_size > 1000
 
 
+def test_runs_that_stopped_early_are_drawn_as_far_as_all_went():
+    def rows(queries):
+        return [{"reward_queries": q, "val/reward/r": q / 100} for q in queries]
+
+    figure = grid._draw({"a": [rows([0, 8, 16]), rows([0, 8])]}, {"a": {}})
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 8]
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [0, 0.08]
+
+
 @pytest.mark.parametrize(("family", "callbacks"), [("sd", False), ("sd3", True)])
 def test_overhead_prints_a_ratio(family, callbacks, tmp_path, capsys):
     tiny_pipeline(family).save_pretrained(tmp_path)
