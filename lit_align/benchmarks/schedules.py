@@ -42,7 +42,7 @@ from lit_align.rewards.base import quantize
 from lit_align.run_folder import newest_checkpoint
 from lit_align.verbs import load_module
 
-STEPS = (3, 4, 5, 6, 7, 8, 10, 12, 15, 20)
+STEPS = (3, 4, 5, 6, 8, 10, 15, 20)
 MANY = 50
 SHIFTS = {"uniform": 1.0, "shifted": 3.0}
 REWARDS = {"verifier": "gold verifier", "clip": "ShapesCLIP"}

@@ -55,12 +55,12 @@ def test_a_fixed_schedule_takes_the_familys_own_steps():
 
 
 def test_the_baseline_is_the_fewest_steps_as_good_as_many():
-    # 50 steps of the better shape: 0.5; within 0.02 of it are "shifted" ones from 7 on.
+    # 50 steps of the better shape: 0.5; within 0.02 of it are "shifted" ones from 8 on.
     quality = {"uniform": lambda n: 0.45, "shifted": lambda n: 0.5 if n > 6 else 0.4}
     rows = fixed_rows(lambda shape, steps: quality[shape](steps))
-    assert baseline(rows, "verifier") == 7
+    assert baseline(rows, "verifier") == 8
     assert baseline([{**r, "verifier_se": 0.06} for r in rows], "verifier") == 3
-    assert baseline([{**r, "verifier_se": 0.0} for r in rows], "verifier") == 7
+    assert baseline([{**r, "verifier_se": 0.0} for r in rows], "verifier") == 8
     rising = fixed_rows(lambda shape, steps: steps / 100)
     assert baseline(rising, "verifier") == MANY
 
