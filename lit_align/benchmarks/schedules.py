@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lit_align.algorithms.schedule_learning import ScheduleModule
+from lit_align.benchmarks.results import write_rows
 from lit_align.data.prompts import PromptFile
 from lit_align.functional.noise import randn
 from lit_align.policies import DiffusionPolicy
@@ -40,6 +41,7 @@ from lit_align.policies.base import Conditioning
 from lit_align.rewards import RewardModule, ShapesCLIP, ShapesVerifier
 from lit_align.rewards.base import quantize
 from lit_align.run_folder import newest_checkpoint
+from lit_align.run_groups import spread
 from lit_align.verbs import load_module
 
 STEPS = (3, 4, 5, 6, 8, 10, 15, 20)
@@ -106,7 +108,7 @@ def schedules(
         for name, sampler in _samplers(policy, learned or {}, seed, guidance_scale, known):
             rows.append(_measure(name, seed, policy, sampler, chosen))
             print(rows[-1], flush=True)
-            _write(path, rows)
+            write_rows(path, rows)
     rows = _read(path)
     print(table(rows))
     for reward, title in REWARDS.items():
@@ -257,10 +259,10 @@ def comparison(rows: Rows, reward: str) -> str:
         gaps = [row[reward] - other for row, other in zip(own, fixed, strict=True)]
         share = f"{_mean(own, 'steps') / many:.2f}"
         cells = [
-            _cell([row["steps"] for row in own], 1), _cell([row[reward] for row in own], 3),
-            _cell(fixed, 3), _cell(gaps, 3),
-            share if _mean(own, reward) >= needed else f"({share})",
-            _cell([row["steps_composed"] - row["steps_single"] for row in own], 2),
+            spread([row["steps"] for row in own], ".1f"),
+            spread([row[reward] for row in own], ".3f"), spread(fixed, ".3f"),
+            spread(gaps, "+.3f"), share if _mean(own, reward) >= needed else f"({share})",
+            spread([row["steps_composed"] - row["steps_single"] for row in own], "+.2f"),
         ]  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -277,16 +279,11 @@ def table(rows: Rows) -> str:
     lines = [f"| schedule | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, own in grouped(rows).items():
         cells = [
-            _cell([row[column] for row in own], 1 if "steps" in column else 3) for column in columns
+            spread([row[column] for row in own], ".1f" if "steps" in column else ".3f")
+            for column in columns
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(values: list[float], digits: int) -> str:
-    if max(values) == min(values):
-        return f"{values[0]:.{digits}f}".removesuffix(".0")
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def _mean(rows: Rows, column: str) -> float:
@@ -330,13 +327,6 @@ def _read(path: Path) -> Rows:
         return [
             {k: _TYPES.get(k, float)(v) for k, v in row.items()} for row in csv.DictReader(file)
         ]
-
-
-def _write(path: Path, rows: Rows) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_the_table_holds_means_and_spreads():
     line = table(rows).splitlines()[-1]
     cells = ["gamma 0.9", "9.0 ± 1.0", "0.600 ± 0.100", "0.600 ± 0.100", "8.0 ± 1.0", "10.0 ± 1.0"]
     assert line == f"| {' | '.join(cells)} |"
-    assert "| uniform 3 | 3 |" in table([row("uniform 3", s, 3.0, 0.5) for s in range(3)])
+    assert "| uniform 3 | 3.0 ± 0.0 |" in table([row("uniform 3", s, 3.0, 0.5) for s in range(3)])
 
 
 def test_learned_schedules_are_compared_at_equal_steps_under_each_seed():
@@ -84,7 +84,8 @@ def test_learned_schedules_are_compared_at_equal_steps_under_each_seed():
     # Fifty uniform steps give 2.5, which no other comes near: the baseline is 50 itself.
     learned = [row("gamma 0.9", k, 6.5, 0.75 + 0.02 * (k - 1)) for k in range(3)]
     line = comparison([*rows, *learned], "verifier").splitlines()[-1]
-    cells = ["6.5", "0.750 ± 0.020", "0.650 ± 0.010", "0.100 ± 0.010", "(0.13)", "2.00"]
+    cells = ["6.5 ± 0.0", "0.750 ± 0.020", "0.650 ± 0.010", "+0.100 ± 0.010"]
+    cells += ["(0.13)", "+2.00 ± 0.00"]
     assert line == f"| gamma 0.9 | {' | '.join(cells)} |"
     good = [{**r, "verifier": 2.49} for r in learned]
     assert "| 0.13 |" in comparison([*rows, *good], "verifier")
