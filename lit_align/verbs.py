@@ -96,9 +96,8 @@ def generate(
     policy = opened.policy
     if lora_scale != 1:
         scale_lora(policy.denoiser, lora_scale)
-    guidance_scale = opened.guidance_scale if guidance_scale is None else guidance_scale
-    steps = num_inference_steps or opened.num_inference_steps
-    sampling = (steps, guidance_scale, opened.schedule)
+    guidance = opened.guidance_scale if guidance_scale is None else guidance_scale
+    sampling = (num_inference_steps or opened.num_inference_steps, guidance, opened.schedule)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     for number, prompt in enumerate(_read_prompts(prompts)):
         seeds = [seed + k for k in range(images_per_prompt)]
