@@ -107,3 +107,13 @@ def test_tdpo_needs_fewer_queries_than_ddpo():
     for level, most in ((0.5, 0.75), (1.0, 0.7)):
         ratio = queries_to(tdpo, "Colorfulness", level) / queries_to(ddpo, "Colorfulness", level)
         assert ratio <= most, level
+
+
+@pytest.mark.parametrize("name", ["nft", "awm"])
+def test_learning_on_the_forward_process_gains_more_than_flow_grpo(name):
+    """Every seed gains more than any seed of Flow-GRPO, and ends nearer to the base model."""
+    matching, flow_grpo = curves(name, "flow_grpo"), curves("flow_grpo", "flow_grpo")
+    assert min(gains(matching, "ShapesVerifier")) > max(gains(flow_grpo, "ShapesVerifier"))
+    assert min(gains(matching, "ShapesCLIP")) > 0
+    ends = [[rows[-1]["val/kl"] for rows in seeds] for seeds in (matching, flow_grpo)]
+    assert max(ends[0]) < 0.5 * min(ends[1])
