@@ -34,7 +34,7 @@ from torch import Tensor
 from lit_align.algorithms.forward_process import ForwardPairs, ForwardProcessModule, Logs
 from lit_align.data.planner import MinibatchOrder
 from lit_align.functional.gaussian import mean_square
-from lit_align.functional.matching import group_mean, matching_error
+from lit_align.functional.matching import good_share, group_mean, matching_error
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import PromptBatch, Trajectory
@@ -126,13 +126,9 @@ class CRD(ForwardProcessModule):
         with self.sampler.applied():
             return super().rollout(batch, round_index)
 
-    def shares(self, pairs: ForwardPairs) -> Tensor:
-        """Return r [N], in [0, 1]."""
-        return ((pairs.advantages / self.max_advantage).clamp(-1, 1) + 1) / 2
-
     def penalties(self, pairs: ForwardPairs) -> Tensor:
         """Hold good samples more than bad ones."""
-        return self.kl_beta * self.shares(pairs)
+        return self.kl_beta * good_share(pairs.advantages, self.max_advantage)
 
     def pair_loss(
         self,
@@ -152,7 +148,8 @@ class CRD(ForwardProcessModule):
             for each in (output, averaged)
         )
         implicit = old_error - error
-        rho, share, weights = map(self.grouped, (implicit, self.shares(pairs), pairs.weights))
+        share = good_share(pairs.advantages, self.max_advantage)
+        rho, share, weights = map(self.grouped, (implicit, share, pairs.weights))
         loss = centred_reward_loss(rho, share, weights, self.crd_beta)
         logs = {
             "train/old_gap": mean_square(output - averaged).mean(),

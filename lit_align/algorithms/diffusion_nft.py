@@ -32,7 +32,7 @@ from torch import Tensor
 from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.forward_process import ForwardPairs, ForwardProcessModule, Logs
 from lit_align.functional.gaussian import mean_square
-from lit_align.functional.matching import matching_error
+from lit_align.functional.matching import good_share, matching_error
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import PromptBatch, Trajectory
@@ -138,7 +138,7 @@ class DiffusionNFT(ForwardProcessModule):
                 for each in (output, averaged)
             )
         bound = self.max_advantage
-        share = ((pairs.advantages / bound).clamp(-1, 1) + 1) / 2
+        share = good_share(pairs.advantages, bound)
         loss, positive, negative = negative_aware_loss(
             output, averaged, target, share, self.nft_beta, normalise=self.form == "x0"
         )

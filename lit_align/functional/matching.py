@@ -24,6 +24,16 @@ def matching_error(prediction: Tensor, target: Tensor, normalise: bool) -> Tenso
     return error / gap.detach().abs().flatten(1).mean(1).clamp(min=_MIN_SCALE)
 
 
+def good_share(advantages: Tensor, bound: float) -> Tensor:
+    """Return how good samples are, ``1/2 + clip(A, +-c) / (2 c)``, in [0, 1].
+
+    Args:
+        advantages: A, of any shape.
+        bound: c, positive.
+    """
+    return ((advantages / bound).clamp(-1, 1) + 1) / 2
+
+
 def group_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted mean of each group [P, 1], 0 where no member counts.
 
