@@ -38,7 +38,8 @@ def test_widths_are_those_that_the_taps_tell(family):
     assert features.embedding.shape == (3, taps.embedding_dim)
     assert features.maps.dtype == features.embedding.dtype == torch.float32
     head = TimePredictor.for_policy(policy, width=8)
-    assert [shape.shape for shape in head(features.maps, features.embedding)] == [(3,), (3,)]
+    shapes = head(features.maps, features.embedding, torch.ones(3))
+    assert [shape.shape for shape in shapes] == [(3,), (3,)]
     modules = policy.denoiser.modules()
     assert not any(module._forward_hooks for module in modules)
 
