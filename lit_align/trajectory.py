@@ -122,6 +122,35 @@ class PairBatch(Record):
 
 
 @dataclass(frozen=True)
+class PreferenceBatch(Record):
+    """B judgements, each of K images of one prompt.
+
+    K = 2 are pairs, with the preferred image first; more are rankings, with absent places at the
+    end where they differ in length; K = 1 are single images that were liked or not.
+
+    Attributes:
+        images: [B, K, 3, H, W] in [0, 1], or [B, K, F, 3, H, W] for video.
+        prompts: B texts.
+        labels: [B, K] float32. Of a pair the probabilities (p, 1 - p) that each is preferred, p in
+            [0.5, 1] and 0.5 for a tie; of a ranking the ranks from 1, the best, equal for a tie
+            and 0 where there is no image; of a single image 1 if it was liked, else 0.
+        weights: [B] float32, not negative.
+        positions: [B] int64, the judgement's place in the stream; with the seed it decides the
+            noise.
+        record_ids: [B] int64, the judgement's number in its file.
+        latents: [B, K, ...] float32, the clean latents of the images, if they were kept.
+    """
+
+    images: Tensor
+    prompts: list[str]
+    labels: Tensor
+    weights: Tensor
+    positions: Tensor
+    record_ids: Tensor
+    latents: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PromptMinibatch(Record):
     """N samples to be drawn with gradient.
 
