@@ -21,12 +21,14 @@ from lit_align.callbacks import RNGStateCallback
 from lit_align.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from lit_align.comparison import compare
 from lit_align.data import image_text, prompts
+from lit_align.label import label
 from lit_align.run_folder import ResumeMetrics, RunFolder, SaveRunConfig, newest_checkpoint
 
 NAMED = (algorithms, callbacks, image_text, policies, prompts, rewards, schedulers)
 VERBS: dict[str, Any] = {
     "generate": verbs.generate,
     "export": verbs.export,
+    "label": label,
     "compare": compare,
 }
 

@@ -132,7 +132,7 @@ def _open(
     """Open a policy, and the schedule that it is sampled by."""
     if ckpt_path is None and pretrained is None and Path(schedule or "").is_file():
         ckpt_path = schedule
-    opened = _open_policy(ckpt_path, pretrained, lora, weights, image_size)
+    opened = open_policy(ckpt_path, pretrained, lora, weights, image_size)
     if schedule in (None, ckpt_path):
         return opened
     assert schedule is not None
@@ -141,14 +141,25 @@ def _open(
     return Opened(opened.policy, learned.max_steps, learned.guidance_scale, learned)
 
 
-def _open_policy(
+def open_policy(
     ckpt_path: str | None,
     pretrained: str | None,
-    lora: str | None,
-    weights: Weights,
-    image_size: int | None,
+    lora: str | None = None,
+    weights: Weights = "trained",
+    image_size: int | None = None,
 ) -> Opened:
-    """Return the policy alone, and the schedule only of a checkpoint that holds one."""
+    """Return the policy alone, and the schedule only of a checkpoint that holds one.
+
+    Args:
+        ckpt_path: A checkpoint written by `fit`; or
+        pretrained: A shipped name, a pipeline folder or a hub id.
+        lora: A folder with LoRA weights, on top of `pretrained`.
+        weights: Of the checkpoint.
+        image_size: Side of the images of `pretrained` in pixels; by default the model's own.
+
+    Raises:
+        ValueError: If not one of the two is given, or what belongs to the other.
+    """
     if (ckpt_path is None) == (pretrained is None):
         raise ValueError("Give either `ckpt_path` or `pretrained`.")
     if weights == "ema" and ckpt_path is None:

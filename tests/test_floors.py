@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "lit_align"
 FLOOR_0 = {"trajectory", "functional", "shapes"}
 FLOOR_1 = {"schedulers", "rewards", "metrics", "data"}
 ABOVE = {"cli", "comparison", "run_folder", "checkpoint_io", "run_groups", "verbs", "benchmarks",
-         "__main__"}  # floor 5: everything  # fmt: skip
+         "candidates", "label", "annotation", "annotate_page", "__main__"}  # floor 5: everything  # fmt: skip
 BASES = {"schedulers.base", "policies.base", "policies.sampling", "rewards.base",
          "rewards.scoring", "data.experience", "data.planner", "data.windows",
          "data.image_text", "policies.snapshots",
