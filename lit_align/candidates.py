@@ -24,6 +24,7 @@ from lit_align.rewards.base import uint8_images
 from lit_align.verbs import Opened, open_policy, sample_images
 
 LIST = "candidates.jsonl"
+RECORDS = "preferences.jsonl"  # the file that judgements of them are written to
 _MAX_SEED = 2**53  # the largest whole numbers that every reader of JSON keeps
 _SETTINGS = "lit_align"  # the PNG text that says how an image was drawn
 
@@ -270,6 +271,11 @@ def read_candidates(path: Path, folder: Path) -> list[Candidates]:
     if not found:
         raise ValueError(f"{str(path)!r} has no prompt with two images or more.")
     return list(found.values())
+
+
+def images_key(items: list[dict[str, Any]]) -> str:
+    """Return what judgements of the same images have in common, whoever told them."""
+    return "|".join(sorted(item["uid"] for item in items))
 
 
 class Drawing(TypedDict, total=False):

@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test, predict by LightningCLI; generate, export, compare."""
+"""The command line: fit, validate, test, predict by LightningCLI, and the verbs beside them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from lightning.pytorch.utilities import rank_zero_only
 # Importing them registers the short names of their classes.
 from lit_align import algorithms, callbacks, policies, rewards, schedulers, verbs
 from lit_align.algorithms.sharding import FSDP_MESSAGE
+from lit_align.annotate_page import annotate
 from lit_align.callbacks import RNGStateCallback
 from lit_align.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from lit_align.comparison import compare
-from lit_align.data import image_text, prompts
+from lit_align.data import image_text, preferences, prompts
 from lit_align.label import label
 from lit_align.run_folder import ResumeMetrics, RunFolder, SaveRunConfig, newest_checkpoint
 
-NAMED = (algorithms, callbacks, image_text, policies, prompts, rewards, schedulers)
+NAMED = (algorithms, callbacks, image_text, policies, preferences, prompts, rewards, schedulers)
 VERBS: dict[str, Any] = {
     "generate": verbs.generate,
     "export": verbs.export,
     "label": label,
+    "annotate": annotate,
     "compare": compare,
 }
 

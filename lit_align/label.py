@@ -25,14 +25,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
-from lit_align.candidates import Candidates, Drawing, gather_candidates
+from lit_align.candidates import RECORDS, Candidates, Drawing, gather_candidates, images_key
 from lit_align.data.preference_records import invalid_record, pair_record, ranking_record
 from lit_align.functional.noise import keyed_generator
 from lit_align.rewards import RewardModule, WeightedReward
 from lit_align.rewards.scoring import call_reward
 from lit_align.trajectory import PromptBatch
-
-RECORDS = "preferences.jsonl"
 
 
 def label(
@@ -256,11 +254,6 @@ class SyntheticAnnotator:
             tied = abs(values[better] - values[worse]) <= self.tie_threshold
             ranks[worse] = ranks[better] + (not tied)
         return ranks
-
-
-def images_key(items: list[dict[str, Any]]) -> str:
-    """Return what judgements of the same images have in common, whoever told them."""
-    return "|".join(sorted(item["uid"] for item in items))
 
 
 def _outcome(record: dict[str, Any]) -> str:
