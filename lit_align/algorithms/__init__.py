@@ -5,16 +5,21 @@ from lit_align.algorithms.alignprop import AlignProp
 from lit_align.algorithms.awm import AWM
 from lit_align.algorithms.base import AlignmentModule
 from lit_align.algorithms.crd import CRD
+from lit_align.algorithms.d3po import D3PO
 from lit_align.algorithms.ddpo import DDPO
 from lit_align.algorithms.dgpo import DGPO
+from lit_align.algorithms.diffusion_dpo import DiffusionDPO
 from lit_align.algorithms.diffusion_nft import DiffusionNFT
 from lit_align.algorithms.draft import DRaFT
 from lit_align.algorithms.drtune import DRTune
+from lit_align.algorithms.flow_dpo import FlowDPO
 from lit_align.algorithms.flow_grpo import FlowGRPO
 from lit_align.algorithms.forward_process import ForwardProcessModule
 from lit_align.algorithms.large_scale_rl import LargeScaleRL
 from lit_align.algorithms.nabla_gflownet import NablaGFlowNet
 from lit_align.algorithms.online import OnlineModule
+from lit_align.algorithms.online_dpo import OnlineDPO
+from lit_align.algorithms.preference_learning import PreferenceModule
 from lit_align.algorithms.pretraining import (
     ContrastivePretraining,
     DenoisingPretraining,
@@ -22,6 +27,7 @@ from lit_align.algorithms.pretraining import (
 )
 from lit_align.algorithms.refl import ReFL
 from lit_align.algorithms.reward_gradient import RewardGradientModule
+from lit_align.algorithms.reward_modeling import RewardModeling
 from lit_align.algorithms.rounds import RoundModule
 from lit_align.algorithms.schedule_learning import ScheduleModule
 from lit_align.algorithms.tasks import Task
@@ -31,6 +37,7 @@ from lit_align.algorithms.tpdm import TPDM
 __all__ = [
     "AWM",
     "CRD",
+    "D3PO",
     "DDPO",
     "DGPO",
     "TDPO",
@@ -42,14 +49,19 @@ __all__ = [
     "DRTune",
     "DRaFT",
     "DenoisingPretraining",
+    "DiffusionDPO",
     "DiffusionNFT",
+    "FlowDPO",
     "FlowGRPO",
     "ForwardProcessModule",
     "LargeScaleRL",
     "NablaGFlowNet",
+    "OnlineDPO",
     "OnlineModule",
+    "PreferenceModule",
     "ReFL",
     "RewardGradientModule",
+    "RewardModeling",
     "RoundModule",
     "ScheduleModule",
     "Task",

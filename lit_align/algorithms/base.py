@@ -55,6 +55,7 @@ class AlignmentModule(LightningModule, ABC):
     """
 
     trains_policy: ClassVar[bool] = True  # else it is frozen, and something beside it is trained
+    needs_reward: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -89,14 +90,15 @@ class AlignmentModule(LightningModule, ABC):
         for frozen in self.rewards.values():
             frozen.requires_grad_(False).eval()
         self.reward = reward
-        self.lr, self.weight_decay, self.adam_epsilon = lr, weight_decay, adam_epsilon
-        self.num_inference_steps = num_inference_steps
-        self.adam_betas, self.guidance_scale, self.seed = adam_betas, guidance_scale, seed
+        self.lr, self.weight_decay, self.seed = lr, weight_decay, seed
+        self.adam_betas, self.adam_epsilon = adam_betas, adam_epsilon
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.eval_num_inference_steps = eval_num_inference_steps or num_inference_steps
         self.max_invalid_fraction, self.reward_timeout = max_invalid_fraction, reward_timeout
         self.counters = dict.fromkeys(COUNTERS, 0)
-        means = {name: MeanMetric(nan_strategy="ignore") for name in self.rewards}
-        self.val_means: Any = nn.ModuleDict(means)
+        self.val_means: Any = nn.ModuleDict(
+            {name: MeanMetric(nan_strategy="ignore") for name in self.rewards}
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep `reward` out of the module tree; see `rewards`."""
@@ -123,17 +125,17 @@ class AlignmentModule(LightningModule, ABC):
             self._check_reward(reward.to(self.device))
 
     def _check_trainer(self) -> None:
-        if self.reward is None:
+        if self.needs_reward and self.reward is None:
             raise ValueError(f"{type(self).__name__} needs a `reward`.")
         check_train(self.policy, type(self).__name__, self.trains_policy)
         check_precision(str(self.trainer.precision), self.policy)
         check_strategy(self.trainer.strategy)
 
     def _check_reward(self, reward: RewardModule) -> None:
-        images = torch.full((2, 3, *self.policy.image_size), 0.5, device=self.device)
         nothing = torch.zeros(2, dtype=torch.int64, device=self.device)
-        blank = PromptBatch(["", ""], [None, None], nothing, nothing, nothing)
+        images = torch.full((2, 3, *self.policy.image_size), 0.5, device=self.device)
         with torch.no_grad():
+            blank = PromptBatch(["", ""], [None, None], nothing, nothing, nothing)
             self.score(reward, images, blank)
 
     def experience(self, loader: Any, pairs: Any = None) -> Any:
@@ -163,8 +165,7 @@ class AlignmentModule(LightningModule, ABC):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the trainable parameters."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return self.adamw([{"params": trained}])
+        return self.adamw([{"params": [p for p in self.parameters() if p.requires_grad]}])
 
     def adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return AdamW over groups of parameters, which may have options of their own."""

@@ -48,6 +48,7 @@ class ForwardPairs(Record):
         conditioning: Text embeddings, each [N, ...].
         guidance_scale: Weight of classifier-free guidance.
         extras: What a method adds, each [N, ...].
+        batch: The prompts of the pairs' samples.
     """
 
     clean: Tensor
@@ -58,6 +59,7 @@ class ForwardPairs(Record):
     conditioning: dict[str, Tensor]
     guidance_scale: float
     extras: dict[str, Tensor]
+    batch: PromptBatch | None = None
 
 
 class ForwardProcessModule(OnlineModule, ABC):
@@ -81,6 +83,7 @@ class ForwardProcessModule(OnlineModule, ABC):
     needs_reference: ClassVar[bool] = False  # also without a penalty
     whole_groups: ClassVar[bool] = False  # minibatches of all images of a prompt, at one time
     shared_noise: ClassVar[bool] = False  # images of a prompt are noised alike
+    kept_per_prompt: ClassVar[int | None] = None  # of its images, by `compute_targets`
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class ForwardProcessModule(OnlineModule, ABC):
         self.kl_guidance = self.guidance_scale if kl_guidance is None else kl_guidance
         self.max_advantage = adv_clip_max
         self.snapshots: defaultdict[str, Snapshot] = defaultdict(Snapshot)
-        self._schedules: dict[str, tuple[int, float, float]] = {}
+        self._schedules: dict[str, tuple[int, int, float, float]] = {}
         if self.needs_reference or kl_beta > 0:
             policy.keep_reference()
 
@@ -126,13 +129,13 @@ class ForwardProcessModule(OnlineModule, ABC):
         return self.snapshots["snapshot"]
 
     def keep_snapshot(
-        self, flat: int, rate: float, hold: float, name: str = "snapshot"
+        self, flat: int, rate: float, hold: float, name: str = "snapshot", every: int = 1
     ) -> Snapshot:
-        """Return an average of the policy's weights that is refreshed before each round.
+        """Return an average of the policy's weights that is refreshed before each `every`-th round.
 
         Its decay is `ramp(n, flat, rate, hold)` after n optimiser steps.
         """
-        self._schedules[name] = flat, rate, hold
+        self._schedules[name] = every, flat, rate, hold
         self.stateful[name] = self.snapshots[name]
         return self.snapshots[name]
 
@@ -162,8 +165,8 @@ class ForwardProcessModule(OnlineModule, ABC):
         return self.kl_beta
 
     def grouped(self, values: Tensor) -> Tensor:
-        """Return values [N] of a minibatch of whole groups as [groups, images of a prompt]."""
-        return values.unflatten(0, (-1, self.samples_per_prompt))
+        """Return values [N, ...] of a minibatch of whole groups as [groups, images, ...]."""
+        return values.unflatten(0, (-1, self.kept_per_prompt or self.samples_per_prompt))
 
     def noisy_steps(self, round_index: int) -> Collection[int] | None:
         """Return none of the steps, unless rollouts are stochastic."""
@@ -177,7 +180,9 @@ class ForwardProcessModule(OnlineModule, ABC):
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Refresh the snapshots and run one round; see the base class."""
         step = self.trainer.global_step
-        for name, schedule in self._schedules.items():
+        for name, (every, *schedule) in self._schedules.items():
+            if round_index % every:
+                continue
             decay = ramp(step, *schedule)
             self.snapshots[name].refresh(step, decay)
             self._round_logs[f"rollout/{name}_decay"] = decay
@@ -222,6 +227,7 @@ class ForwardProcessModule(OnlineModule, ABC):
             conditioning={key: value[samples] for key, value in trajectory.conditioning.items()},
             guidance_scale=trajectory.guidance_scale,
             extras={key: value[samples, times] for key, value in trajectory.extras.items()},
+            batch=None if trajectory.batch is None else trajectory.batch.select(samples),
         )
 
     def loss(self, minibatch: ForwardPairs) -> tuple[Tensor, Logs]:
@@ -268,7 +274,7 @@ class ForwardProcessModule(OnlineModule, ABC):
         trained = max(1, int(times * self.timestep_fraction))
         return replace(
             super().plan, steps=tuple(range(times)), trained_steps=trained,
-            whole_groups=self.whole_groups,
+            whole_groups=self.whole_groups, kept_per_prompt=self.kept_per_prompt,
         )  # fmt: skip
 
     def setup(self, stage: str) -> None:

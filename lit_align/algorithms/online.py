@@ -108,21 +108,33 @@ class OnlineModule(RoundModule, ABC):
 
     def rollout(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Sample one trajectory per prompt of the batch and decode its image."""
-        key, positions = (self.noise_key, self.seed, round_index), batch.positions.tolist()
-        shared = [keyed_generator("shared", *key) for _ in positions]
+        key = (self.noise_key, self.seed, round_index)
         with progress_bar(self.trainer, len(batch) * self.num_inference_steps) as bar:
             trajectory = self.policy.sample(
                 self.policy.encode_prompt(batch.prompts),
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
-                generator=sample_generators(*key, positions),
-                initial_generator=shared if self.shared_init_noise else None,
+                generator=sample_generators(*key, batch.positions.tolist()),
+                initial_generator=self.initial_generators(batch, key),
                 stochastic_steps=self.noisy_steps(round_index),
                 keep=self.keep,
                 progress=lambda: bar.update(len(batch)),
             )
         images = quantize(self.policy.decode(trajectory.latents[:, -1]))
         return trajectory.replace(batch=batch, images=images)
+
+    def initial_generators(
+        self, batch: PromptBatch, key: tuple[str, int, int]
+    ) -> list[torch.Generator] | None:
+        """Return what draws the samples' initial noise, if not each sample's own generator.
+
+        Args:
+            batch: B prompts.
+            key: Of the round.
+        """
+        if not self.shared_init_noise:
+            return None
+        return [keyed_generator("shared", *key) for _ in range(len(batch))]
 
     def noisy_steps(self, round_index: int) -> Collection[int] | None:
         """Return the steps of a round that add noise; None for all that have a density."""

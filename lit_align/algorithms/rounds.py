@@ -70,6 +70,10 @@ class RoundModule(AlignmentModule, ABC):
     def count_calls(self, minibatch: Any) -> None:
         """Count what every minibatch costs; here `loss` counts."""
 
+    def note(self, name: str, value: float) -> None:
+        """Have a value of the round logged at each of its steps."""
+        self._round_logs[name] = value
+
     @property
     @abstractmethod
     def plan(self) -> RoundPlan:

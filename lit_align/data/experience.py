@@ -137,7 +137,7 @@ class ExperienceLoader:
         self.prompts.load_state_dict(state["prompts"])
         unfinished = state["trajectory"]
         if unfinished is not None:
-            unfinished = restored(unfinished).select(self.collector.plan.positions)
+            unfinished = restored(unfinished).select(self.collector.plan.kept.positions)
         self._collected = unfinished
 
 

@@ -14,7 +14,7 @@ of a prompt are dealt as one, and what is said of samples above holds for these 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -53,6 +53,7 @@ class RoundPlan:
             the steps as "per_sample" does and takes them from noise to clean.
         window: Where steps add noise and are trained; None for all `steps`. It takes no `pools`.
         whole_groups: Keep the S samples of a prompt together, side by side and at the same step.
+        kept_per_prompt: How many of a prompt's samples the targets keep for training; None for all.
         seed: Of all draws.
         rank: This process.
         world_size: Number of processes W.
@@ -71,6 +72,7 @@ class RoundPlan:
     pools: tuple[Pool, ...] = ()
     window: StepWindow | None = None
     whole_groups: bool = False
+    kept_per_prompt: int | None = None
     rank: int = 0
     world_size: int = 1
 
@@ -80,9 +82,15 @@ class RoundPlan:
         return self.prompts_per_round * self.samples_per_prompt // self.world_size
 
     @property
+    def kept(self) -> RoundPlan:
+        """The plan of what is kept of the round, as if no more had been sampled."""
+        count = self.kept_per_prompt or self.samples_per_prompt
+        return replace(self, samples_per_prompt=count, kept_per_prompt=None)
+
+    @property
     def minibatches(self) -> int:
         """Minibatches per round and process."""
-        return self.samples * self.trained_steps // self.minibatch_size * self.num_inner_epochs
+        return self.kept.samples * self.trained_steps // self.minibatch_size * self.num_inner_epochs
 
     @property
     def positions(self) -> Tensor:
@@ -106,13 +114,14 @@ class RoundPlan:
                 f"of processes ({self.world_size}); use "
                 f"{_nearest(multiples, self.prompts_per_round)}."
             )
-        pairs = self.samples * self.trained_steps
-        product = f"{self.samples} samples x {self.trained_steps} steps"
-        if self._unit > 1:
-            product += f"; it keeps the {self._unit} images of a prompt together"
+        kept = self.kept
+        pairs, together = kept.samples * self.trained_steps, kept.unit
+        product = f"{kept.samples} samples x {self.trained_steps} steps"
+        if together > 1:
+            product += f"; it keeps the {together} images of a prompt together"
         for name, value, total, unit, what in (
             ("rollout_batch_size", self.rollout_batch_size, self.samples, 1, "samples"),
-            ("minibatch_size", self.minibatch_size, pairs, self._unit, f"pairs ({product})"),
+            ("minibatch_size", self.minibatch_size, pairs, together, f"pairs ({product})"),
             (
                 "trainer.accumulate_grad_batches",
                 accumulate_grad_batches,
@@ -131,9 +140,10 @@ class RoundPlan:
     def describe(self, accumulate_grad_batches: int) -> str:
         """Return the round's arithmetic in words."""
         images = self.prompts_per_round * self.samples_per_prompt
+        kept = f", of each prompt {self.kept_per_prompt} kept" * (self.kept_per_prompt is not None)
         return (
             f"A round: {self.prompts_per_round} prompts x {self.samples_per_prompt} = {images} "
-            f"images; {self.trained_steps} trained steps x {self.num_inner_epochs} pass(es) = "
+            f"images{kept}; {self.trained_steps} trained steps x {self.num_inner_epochs} pass(es) = "
             f"{self.minibatches} minibatches of {self.minibatch_size} pairs per process; "
             f"{self.minibatches // accumulate_grad_batches} optimiser step(s)."
         )
@@ -150,16 +160,17 @@ class RoundPlan:
 
     def cut(self, round_index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the minibatches' samples [N] (places in this process's batch) and steps [N]."""
+        kept = self.kept
         for epoch in range(self.num_inner_epochs):
-            first = self._sample_order(round_index, epoch)
-            steps = torch.stack([self._step_order(round_index, epoch, int(s)) for s in first])
+            first = kept._sample_order(round_index, epoch)
+            steps = torch.stack([kept._step_order(round_index, epoch, int(s)) for s in first])
             first = first[:, None].expand_as(steps)  # [B / unit, trained steps]
             if self.minibatch_order == "timestep_major":
                 first, steps = first.T, steps.T
-            samples = first.flatten()[:, None] + torch.arange(self._unit)
+            samples = first.flatten()[:, None] + torch.arange(kept.unit)
             yield from zip(
                 samples.flatten().split(self.minibatch_size),
-                steps.flatten().repeat_interleave(self._unit).split(self.minibatch_size),
+                steps.flatten().repeat_interleave(kept.unit).split(self.minibatch_size),
                 strict=True,
             )
 
@@ -173,7 +184,7 @@ class RoundPlan:
         return None if window is None else window.steps(round_index, self.seed, self.steps)
 
     @property
-    def _unit(self) -> int:
+    def unit(self) -> int:
         """How many samples are dealt as one."""
         return self.samples_per_prompt if self.whole_groups else 1
 
@@ -183,7 +194,7 @@ class RoundPlan:
 
     def _sample_order(self, round_index: int, epoch: int) -> Tensor:
         """Return the first sample of each unit, in the order of training."""
-        units = self.samples_per_prompt // self._unit  # of each prompt
+        units = self.samples_per_prompt // self.unit  # of each prompt
         depth = self.prompts_per_round // self._lanes * units
         lanes = range(self.rank, self._lanes, self.world_size)
         columns = [
@@ -195,7 +206,7 @@ class RoundPlan:
         table = torch.stack(columns, dim=1)  # [depth, lanes]: the k-th unit of each lane
         prompts, repeats = table // units, table % units
         places = prompts * len(lanes) + torch.arange(len(lanes))
-        return ((places * units + repeats) * self._unit).flatten()
+        return ((places * units + repeats) * self.unit).flatten()
 
     def _step_order(self, round_index: int, epoch: int, sample: int) -> Tensor:
         slot = self.rank + sample // self.samples_per_prompt * self.world_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,10 +43,12 @@ class StochasticScheduler(ABC):
     Attributes:
         timesteps: [T] as the network takes them, in sampling order; set by `set_timesteps`.
         density_steps: Indices of the steps with a usable density, increasing.
+        is_flow: Whether states are ``(1 - t) x0 + t eps`` and the network says ``eps - x0``.
     """
 
     timesteps: Tensor
     density_steps: Sequence[int]
+    is_flow: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._timetable: tuple[int, str] | None = None

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class StochasticFlowMatch(StochasticScheduler):
     Raises:
         ValueError: If a word is unknown or the noise level out of range.
     """
+
+    is_flow: ClassVar[bool] = True
 
     def __init__(
         self,
