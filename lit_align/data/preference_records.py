@@ -16,7 +16,7 @@ rating    one item, `label` [1.0] if it was liked, else [0.0]
 invalid   not usable, kept for the records; may lack items
 
 May be given: `media_type` (image, the default, or video), `axis` (overall by default), `pair_id`
-(equal in the records of several annotators about one pair, one axis), `annotator`, `weight` (1 by
+(of a pair: equal in the records of all who judged it on this axis), `annotator`, `weight` (1 by
 default), `round`, `rm_version`, `created_at` (ISO 8601) and `metadata`, an object of anything.
 """
 
@@ -163,8 +163,8 @@ def check_record(record: Any) -> None:
         raise ValueError(f"expected an object, got {_shown(record)}")
     if record.get("schema") != SCHEMA:
         raise ValueError(f"'schema' must be {SCHEMA!r}, got {_shown(record.get('schema'))}")
-    kind = record.get("kind")
-    _one_of("kind", kind, KINDS)
+    _one_of("kind", record.get("kind"), KINDS)
+    kind: str = record["kind"]
     known = {"schema", "id", "kind", "prompt", "items", *_JUDGED[kind], *_OPTIONAL}
     if unknown := sorted(set(record) - known):
         raise ValueError(f"unknown field {unknown[0]!r}; put what is your own into 'metadata'")
@@ -225,6 +225,8 @@ def _check_details(record: dict[str, Any]) -> None:
     for name in ("pair_id", "annotator", "rm_version"):
         if record.get(name) is not None:
             _text(name, record[name])
+    if record.get("pair_id") is not None and record["kind"] not in ("pair", "invalid"):
+        raise ValueError(f"'pair_id' belongs to pairs, but the record is a {record['kind']}")
     if (number := record.get("round")) is not None and type(number) is not int:
         raise ValueError(f"'round' must be an integer, got {_shown(number)}")
     if (created := record.get("created_at")) is not None:

@@ -66,6 +66,8 @@ def test_ranks_and_ratings_are_checked():
     rating = rating_record(id="r", prompt="p", item=ITEMS[0], liked=False)
     with pytest.raises(ValueError, match=r"must be \[1.0\] or \[0.0\], got \[0.5\]"):
         check_record({**rating, "label": [0.5]})
+    with pytest.raises(ValueError, match="'pair_id' belongs to pairs, but .* is a rating"):
+        check_record({**rating, "pair_id": "x"})
     with pytest.raises(ValueError, match="expected an object, got 3"):
         check_record(3)
 
