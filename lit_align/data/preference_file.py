@@ -98,13 +98,14 @@ class PreferenceFile(Sequence[Judgement]):
         self._rows, folder = FORMATS[format].open(source)
         self._folder = folder if media_folder is None else Path(media_folder)
         self.counts: Counter[str] = Counter()
-        self._hash = hashlib.blake2b(repr((format, unit, axis, ties, aggregate)).encode(),
+        self._hash: Any = hashlib.blake2b(repr((format, unit, axis, ties, aggregate)).encode(),
                                      digest_size=8)  # fmt: skip
         self._records = _Records()
         self._judged = _Judged()
         flaws = list(self._scan())
         self._tell(flaws, broken)
-        self.fingerprint = self._hash.hexdigest()
+        self.fingerprint: str = self._hash.hexdigest()
+        del self._hash  # which cannot be copied to another process
         self._entries = self._judged.finish(unit, ties, aggregate == "majority")
         self.counts["ties"] = self._judged.ties
         if not len(self):

@@ -132,6 +132,8 @@ class PreferenceLoader:
         total, per_batch = len(self.numbers), self.batch_size * self.world_size
         return total // per_batch if self.shuffle else -(-total // per_batch)
 
+    batch_sampler = None  # Lightning looks for it beside `sampler`
+
     @property
     def sampler(self) -> PreferenceLoader:
         """What Lightning tells the number of an epoch: the loader itself."""

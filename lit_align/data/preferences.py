@@ -5,6 +5,7 @@ The files' layouts are in `preference_formats`, our own schema in `preference_re
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -112,7 +113,8 @@ class PreferenceDataModule(LightningDataModule):
         self.image_size, self.num_frames = image_size, num_frames
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.cache_latents = cache_latents
-        self.prompts: Any = prompts
+        # A copy: it gets the trainer, and hyperparameters, which are copied and saved, must not.
+        self.prompts: Any = copy.copy(prompts)
 
     def setup(self, stage: str) -> None:
         """Open the files that the stage needs, so that a broken one is told of at once.
@@ -128,6 +130,11 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "fit" or self.val is None:
             file = PreferenceFile(self.train, **self.opening)
             trained, held_out = file.split(self.val_fraction)
+            if self.val_fraction and not len(held_out):
+                raise ValueError(
+                    f"`val_fraction` {self.val_fraction} holds out none of the {len(file)} "
+                    f"judgements in {self.train!r}, which have few prompts; set it higher."
+                )
             self.trained: Split = (file, trained)
             self.held_out: Split | None = (file, held_out) if len(held_out) else None
         if self.val is not None:

@@ -14,7 +14,7 @@ from lit_align.data.preference_records import (
     rating_record,
 )
 from lit_align.data.preferences import PreferenceDataModule, PreferenceLoader
-from lit_align.data.prompts import PromptDataModule
+from lit_align.data.prompts import PromptDataModule, PromptFile
 from tests.data.test_preference_files import items, png
 
 COUNT = 10
@@ -208,7 +208,7 @@ def fit(path, steps, tmp_path, checkpoint=None, every=None, **options):
         enable_model_summary=False, callbacks=callbacks, enable_checkpointing=bool(every),
         num_sanity_val_steps=1, default_root_dir=tmp_path,
     )  # fmt: skip
-    data = PreferenceDataModule(path, batch_size=2, val_fraction=0.3, **options)
+    data = PreferenceDataModule(path, batch_size=2, val_fraction=0.75, **options)
     trainer.fit(module, data, ckpt_path=checkpoint)
     return module
 
@@ -219,11 +219,11 @@ def test_a_resumed_run_equals_one_without_a_break(path, tmp_path, workers):
     """Checkpoints in the middle of a pass, at its end, and in the middle of the next."""
     whole = fit(path, 10, tmp_path, every=1, num_workers=workers)
     per_pass = len(whole.loader)
-    assert per_pass == 4
+    assert per_pass == 3  # of seven judgements, in twos
     positions = [p for _, batch in whole.seen for p in batch]
     size = len(whole.loader.numbers)
-    assert positions == [lap * size + i for lap in range(3) for i in range(8)][:20]
-    for step in (1, 3, 4, 6) if workers == 0 else (3,):
+    assert positions == [lap * size + i for lap in range(4) for i in range(6)][:20]
+    for step in (1, 2, 3, 5) if workers == 0 else (2,):
         resumed = fit(path, 10, tmp_path, tmp_path / f"step={step}.ckpt")
         assert resumed.seen == whole.seen[step:], step
 
@@ -242,11 +242,11 @@ def test_held_out_judgements_are_validated_on_and_given_to_the_method(path, tmp_
 def test_with_prompts_evaluation_is_of_prompts(path, tmp_path):
     prompts = PromptDataModule("shapes-train", "shapes-heldout", val_size=3, batch_size=3)
     module = fit(path, 4, tmp_path, prompts=prompts)
-    assert module.validated[-1].prompts == [text for text, _ in prompts.files["val"][:3]]
+    assert module.validated[-1].prompts == [text for text, _ in PromptFile("shapes-heldout")[:3]]
     assert len(module.loader.held_out) > 0
     data = PreferenceDataModule(path, prompts=prompts)
     data.setup("test")
-    assert len(data.test_dataloader()) == len(prompts.test_dataloader())
+    assert len(data.test_dataloader()) == -(-len(PromptFile("shapes-heldout")) // 3)
 
 
 class LatentRecorder(Recorder):
@@ -308,6 +308,8 @@ def test_options_that_cannot_work_are_refused(path, tmp_path):
             PreferenceDataModule(path, **options)
     with pytest.raises(ValueError, match="no judgements to validate on; set `val`"):
         PreferenceDataModule(path).setup("validate")
+    with pytest.raises(ValueError, match="`val_fraction` 0.1 holds out none of the 10 judgements"):
+        PreferenceDataModule(path, val_fraction=0.1).setup("fit")
     with pytest.raises(ValueError, match="too few"):
         PreferenceDataModule(path, batch_size=11).setup("fit")
     with pytest.raises(ValueError, match="`cache_latents` is set, but Recorder does not learn"):
