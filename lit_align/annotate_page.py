@@ -5,6 +5,7 @@ It is served to this machine's own browsers only, as it has no login.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +21,16 @@ _SMALL = 256  # pixels: images up to this side are enlarged with crisp pixels
 
 _STYLE = """
 body { background: #ececec; color: #1a1a1a; }
-.sheet { max-width: 78rem; margin: 0 auto; padding: 1rem 1.5rem; text-align: center; }
+.sheet { width: 100%; max-width: 72rem; margin: 0 auto; padding: 1rem 1.5rem; text-align: center; }
 .top { display: flex; justify-content: space-between; color: #555; margin-bottom: .4rem; }
 .prompt { font-size: 2rem; line-height: 1.25; font-weight: 600; margin: 1.4rem 0 .3rem; }
 .asked { font-size: 1.15rem; color: #444; margin-bottom: 1rem; }
 .images, .others { display: flex; flex-wrap: wrap; gap: 1.2rem; justify-content: center; }
 .images figure { margin: 0; padding: .8rem; background: #fff; border-radius: .6rem;
   box-shadow: 0 1px 4px #0003; flex: 0 1 auto; }
-.images img { display: block; cursor: pointer; object-fit: contain; height: 52vh;
+.images img { display: block; cursor: pointer; object-fit: contain; height: 46vh;
   max-width: min(100%, 84vw); margin-bottom: .7rem; }
-.images.many img { height: 34vh; }
+.images.many img { height: 32vh; }
 .images img.small { image-rendering: pixelated; }
 .images figure.best { outline: .25rem solid #2e7d32; }
 .others { margin-top: 1.4rem; }
@@ -46,7 +47,7 @@ document.addEventListener("keydown", (event) => {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || !/^[1-9tsu]$/.test(key))
     return;
   const shown = document.querySelector("[data-question]");
-  if (shown) emitEvent("pressed", { key, at: shown.dataset.question });
+  if (shown) emitEvent("pressed", { key, state: shown.dataset.question });
 });
 """
 
@@ -79,7 +80,8 @@ def annotate(
         drawing: Where the images come from.
 
     Raises:
-        ValueError: If `host` is another machine's, or an argument is out of its range.
+        ValueError: If `host` is another machine's, the port is in use, or an argument is out of its
+            range.
         ModuleNotFoundError: If the library of the page is not installed.
     """
     if host not in _HOSTS:
@@ -91,10 +93,21 @@ def annotate(
         raise ModuleNotFoundError(
             'The page needs NiceGUI; install it by `pip install "lit-align[annotate]"`.'
         )
+    _check_free(host, port)
     found = gather_candidates(Path(output), seed, batch_size, **drawing)
     session = AnnotationSession(found, output, annotator, repeat_fraction, seed)
     print(f"http://{host}:{port} writes {session.path}; Ctrl-C ends it.", flush=True)
     serve(session, host, port, show)
+
+
+def _check_free(host: str, port: int) -> None:
+    """See that no other program serves the port, before any image is drawn."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"`port` {port} cannot be used ({error}); give another.") from error
 
 
 def serve(session: AnnotationSession, host: str, port: int, show: bool) -> None:
@@ -122,7 +135,7 @@ class Page:
     """What is shown of a session, and what is done with what is pressed.
 
     Args:
-        session: Questions and answers, shared by all windows that show them.
+        session: Questions and answers, which all windows share.
 
     Attributes:
         files: The images' files; the page names them by number.
@@ -138,50 +151,27 @@ class Page:
         self._numbers = {name: number for number, name in enumerate(names)}
         self._refreshable = ui.refreshable(self._content)
 
-    @property
-    def asked(self) -> str:
-        """What is asked, in words."""
-        question = self.session.question
-        if question is None:
-            return "All questions are answered."
-        if len(question.shown) == 2:
-            return "Which image is better?"
-        return "Which is the best?" if self.session.best is None else "And which is the worst?"
-
-    @property
-    def state(self) -> str:
-        """The question and its part, which an answer must name to count."""
-        question = self.session.question
-        return f"{question.id if question else 'end'} {self.session.best}"
-
     def build(self) -> None:
         """Lay out the page for one window."""
         self.ui.add_css(_STYLE)
         self.ui.add_body_html(f"<script>{_KEYS}</script>")
-        self.ui.on("pressed", lambda event: self.press(event.args["key"], event.args["at"]))
+        self.ui.on("pressed", lambda event: self.press(event.args["key"], event.args["state"]))
         status = self.ui.label().classes("hidden-status").props("role=status")
-        status.bind_text_from(self, "asked")  # for screen readers, which miss replaced elements
+        status.bind_text_from(
+            self.session, "asked"
+        )  # for screen readers, which miss replaced elements
         self._refreshable()
 
-    def press(self, key: str, at: str) -> None:
-        """Answer by a key: a place from 1, t, s or u, pressed when the page was in state `at`."""
-        if at == self.state:
-            actions: dict[str, Callable[[], None]] = {
-                "t": self.session.tie,
-                "s": self.session.skip,
-                "u": self.session.undo,
-            }
-            if key in actions:
-                actions[key]()
-            else:
-                self.session.choose(int(key) - 1)
+    def press(self, key: str, state: str) -> None:
+        """Answer by a key, pressed at what was shown in that state; see `AnnotationSession`."""
+        self.session.press(key, state)
         self._refreshable.refresh()
 
     def _content(self) -> None:
         ui, session, question = self.ui, self.session, self.session.question
         behind, total = session.progress
         with ui.element("main").classes("sheet") as sheet:
-            sheet.props["data-question"] = self.state
+            sheet.props["data-question"] = session.state
             with ui.element("div").classes("top"):
                 ui.label(f"Question {min(behind + 1, total)} of {total}" if question else "Done")
                 ui.label(session.annotator)
@@ -196,13 +186,16 @@ class Page:
         ui, entry = self.ui, question.candidates
         heading = ui.label(entry.prompt).classes("prompt")
         heading.props("role=heading aria-level=1")
-        ui.label(self.asked).classes("asked")
+        ui.label(self.session.asked).classes("asked")
         many = len(question.shown) > 2
         with ui.element("div").classes("images many" if many else "images"):
             for place, number in enumerate(question.shown):
                 self._figure(place, entry.items[number]["path"], many)
         with ui.element("div").classes("others"):
-            self._button("t", "Tie", "None is better")
+            if self.session.best is None:
+                self._button("t", "Tie", "None is better")
+            else:
+                self._button("t", "Others tie", "None of the others is worse")
             self._button("s", "Skip", "Leave this question out")
             self._button("u", "Undo", "Take back the last answer")
 
@@ -216,7 +209,7 @@ class Page:
             picture = self.ui.element("img").classes("small" if small else "")
             picture.props["src"], picture.props["alt"] = f"/image/{number}", name
             picture.on("click", self._pressed(str(place + 1)))
-            self._button(str(place + 1), name, f"Choose: {name}", "primary")
+            self._button(str(place + 1), name, f"Choose: {name}", "blue-9")
 
     def _button(self, key: str, text: str, label: str, color: str = "grey-8") -> None:
         button = self.ui.button(on_click=self._pressed(key), color=color)
@@ -227,20 +220,21 @@ class Page:
 
     def _pressed(self, key: str) -> Callable[[], None]:
         """Return what a click does: as the key, pressed at what is shown now."""
-        at = self.state
-        return lambda: self.press(key, at)
+        state = self.session.state
+        return lambda: self.press(key, state)
 
     def _ending(self) -> None:
-        ui, summary = self.ui, self.session.summary()
-        ui.label("All questions are answered").classes("prompt").props("role=heading aria-level=1")
-        ui.label(f"Thank you. The records are in {self.session.path}.").classes("asked")
+        ui, session = self.ui, self.session
+        summary = session.summary()
+        ui.label(session.asked).classes("prompt").props("role=heading aria-level=1")
+        ui.label(f"Thank you. The records are in {session.path}.").classes("asked")
         rows = {
             "Prompts judged": summary["judged"],
             "of them ties": summary["tied"],
             "Questions skipped": summary["skipped"],
             "Judged twice": summary["repeated"],
             "the same both times": _percent(summary["consistency"]),
-            "First image chosen": _percent(summary["first_place"]),
+            "Choices of the first image": _percent(summary["first_place"]),
         }
         with ui.element("table").classes("figures"):
             for name, value in rows.items():

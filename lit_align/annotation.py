@@ -27,7 +27,7 @@ from lit_align.data.preference_records import (
 from lit_align.functional.noise import keyed_generator
 
 SUMMARY = "summary.json"
-_GAP = 10  # questions before one is asked again, if so many are left
+_GAP = 10  # questions before one is asked again
 
 
 class Question(NamedTuple):
@@ -54,8 +54,8 @@ def plan_questions(
     Args:
         found: P prompts with their images.
         annotator: Who is asked; each sees an order of places of their own.
-        repeat_fraction: Share of the prompts that are asked a second time, in [0, 1]: ten questions
-            later or more, or at the end.
+        repeat_fraction: Share of the prompts that are asked a second time, in [0, 1]; ten questions
+            later or more, as far as there are so many.
         seed: Decides the places, and what is repeated when.
 
     Returns:
@@ -69,13 +69,15 @@ def plan_questions(
     first = [_first_time(entry, annotator, seed) for entry in found]
     timetable = [(float(number), question) for number, question in enumerate(first)]
     generator = keyed_generator("repeats", seed, annotator)
-    chosen = torch.randperm(len(first), generator=generator)
-    for number in chosen[: round(repeat_fraction * len(first))].tolist():
-        earliest = min(number + _GAP, len(first))
+    count, wanted = len(first), round(repeat_fraction * len(first))
+    gap = min(_GAP, count // 2)
+    early = count - gap if wanted <= count - gap else count
+    for number in torch.randperm(early, generator=generator)[:wanted].tolist():
+        earliest = min(number + gap, count)
         share = float(torch.rand((), generator=generator))
         again = first[number]
         again = again._replace(id=f"{again.id}:again", shown=again.shown[::-1], repeat_of=again.id)
-        timetable.append((earliest + share * (len(first) - earliest), again))
+        timetable.append((earliest + share * (count - earliest), again))
     return [question for _, question in sorted(timetable, key=lambda row: row[0])]
 
 
@@ -146,6 +148,37 @@ class AnnotationSession:
         behind = sum(not self._is_open(question) for question in self.questions)
         return behind, len(self.questions)
 
+    @property
+    def asked(self) -> str:
+        """What is asked now, in words."""
+        question = self.question
+        if question is None:
+            return "All questions are answered."
+        if len(question.shown) == 2:
+            return "Which image is better?"
+        return "Which is the best?" if self.best is None else "And which is the worst?"
+
+    @property
+    def state(self) -> str:
+        """The question and its part, which a key must name to count."""
+        question = self.question
+        return f"{question.id if question else 'end'} {self.best}"
+
+    def press(self, key: str, state: str) -> None:
+        """Answer by a key.
+
+        Args:
+            key: A place from 1, or t for a tie, s to skip, u to undo.
+            state: The state that the key was pressed in; it says nothing about a later question.
+        """
+        if state != self.state:
+            return
+        actions = {"t": self.tie, "s": self.skip, "u": self.undo}
+        if key in actions:
+            actions[key]()
+        else:
+            self.choose(int(key) - 1)
+
     def choose(self, place: int) -> None:
         """Name the image at a place, from 0: the better of two, else the best and then the worst.
 
@@ -164,9 +197,12 @@ class AnnotationSession:
         self._answer(question, ranks)
 
     def tie(self) -> None:
-        """Say that none is better than another."""
+        """Say that none is better than another; once the best is named, of the others."""
         if (question := self.question) is not None:
-            self._answer(question, [1] * len(question.shown))
+            ranks = [1 if self.best is None else 2] * len(question.shown)
+            if self.best is not None:
+                ranks[question.shown[self.best]] = 1
+            self._answer(question, ranks)
 
     def skip(self) -> None:
         """Leave the question out, as none can be said to be better."""
