@@ -14,7 +14,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.data.preference_formats import FORMATS, check_choice
-from lit_align.data.preference_media import media_flaw
+from lit_align.data.preference_media import media_size
 from lit_align.data.preference_records import AXES
 from lit_align.data.preference_rows import Row
 
@@ -152,11 +152,9 @@ class PreferenceFile(Sequence[Judgement]):
         """Return a number of the item's picture, having seen that its file is there."""
         if "path" not in item:
             return hash_of(place)
-        path = self._folder / item["path"]
         video = record.get("media_type") == "video"
-        if flaw := media_flaw(path, video):
-            raise ValueError(flaw)
-        self._hash.update(str(path.stat().st_size if path.is_file() else 0).encode())
+        size = media_size(self._folder / item["path"], video)
+        self._hash.update(size.to_bytes(8))
         return hash_of(item["path"])
 
     def _tell(self, flaws: list[str], broken: str) -> None:

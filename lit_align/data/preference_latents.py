@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,19 @@ def read_pictures(judgement: Judgement, size: Size, num_frames: int) -> list[Ten
                 "record out of the file."
             ) from error
     return pictures
+
+
+def stacked(pictures: Sequence[Tensor], place: str) -> Tensor:
+    """Return the pictures [N, ...].
+
+    Raises:
+        ValueError: If their shapes differ; the message names the place.
+    """
+    shapes = {tuple(picture.shape) for picture in pictures}
+    if len(shapes) > 1:
+        told = " and ".join(str(shape) for shape in sorted(shapes)[:2])
+        raise ValueError(f"{place}: pictures of shapes {told} cannot be batched; set `image_size`.")
+    return torch.stack(list(pictures))
 
 
 class _Unseen(Dataset[tuple[list[int], list[Tensor]]]):
@@ -123,7 +136,7 @@ class LatentFile:
                     keys.append(key)
                     images.append(picture)
                 if len(keys) == batch_size:
-                    yield keys, torch.stack(images)
+                    yield keys, stacked(images, self.file.source)
                     keys, images = [], []
         if keys:
-            yield keys, torch.stack(images)
+            yield keys, stacked(images, self.file.source)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_align.data.preference_file import Numbers, PreferenceFile
-from lit_align.data.preference_latents import LatentFile, read_pictures
+from lit_align.data.preference_latents import LatentFile, read_pictures, stacked
 from lit_align.data.preference_media import Size
 from lit_align.functional.noise import keyed_generator
 from lit_align.trajectory import PreferenceBatch
@@ -59,19 +59,11 @@ class DecodedPreferences(Dataset[Decoded]):
         latents = None if self.latents is None else self.latents.read(judgement.keys)
         if latents is None:
             pictures = read_pictures(judgement, self.image_size, self.num_frames)
-            images = _stacked(pictures, judgement.place)
+            images = stacked(pictures, judgement.place)
         else:
             images = torch.empty(len(judgement.labels), 0)
         labels = torch.tensor(judgement.labels, dtype=torch.float32)
         return Decoded(images, judgement.prompt, labels, judgement.weight, number, latents)
-
-
-def _stacked(pictures: Sequence[Tensor], place: str) -> Tensor:
-    shapes = {tuple(picture.shape) for picture in pictures}
-    if len(shapes) > 1:
-        told = " and ".join(str(shape) for shape in sorted(shapes)[:2])
-        raise ValueError(f"{place}: pictures of shapes {told} cannot be batched; set `image_size`.")
-    return torch.stack(list(pictures))
 
 
 class PreferenceLoader:
@@ -189,7 +181,7 @@ class PreferenceLoader:
         weights[torch.from_numpy(places >= total)] = 0
         lap = self._lap if self.shuffle else 0
         return PreferenceBatch(
-            images=_stacked(images, self.data.file.source),
+            images=stacked(images, self.data.file.source),
             prompts=[item.prompt for item in decoded],
             labels=torch.stack([_filled(item.labels, most) for item in decoded]),
             weights=weights,

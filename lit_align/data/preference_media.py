@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,28 @@ FRAMES = (".png", ".jpg", ".jpeg", ".webp")
 Size = int | tuple[int, int] | None
 
 
-def media_flaw(path: Path, video: bool) -> str | None:
-    """Return what is wrong with the file of an item before it is opened; None if nothing is."""
-    if not path.exists():
-        return f"there is no file {str(path)!r}"
-    if path.is_dir() and not video:
-        return f"{str(path)!r} is a folder, not an image"
-    if path.is_dir() and not _frame_files(path):
-        return f"{str(path)!r} is a folder without frames ({', '.join(FRAMES)})"
-    if video and path.is_file() and path.suffix.lower() not in ANIMATIONS:
-        return (
-            f"{str(path)!r} is no video that can be read; convert it to an animation "
-            f"({', '.join(ANIMATIONS)}) or to a folder of frames"
-        )
-    return None
+def media_size(path: Path, video: bool) -> int:
+    """Return the bytes of an item's file without opening it; 0 for a folder of frames.
+
+    Raises:
+        ValueError: If it is not there, or is none that can be read.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        raise ValueError(f"there is no file {str(path)!r}") from None
+    if not stat.S_ISDIR(status.st_mode):
+        if video and path.suffix.lower() not in ANIMATIONS:
+            raise ValueError(
+                f"{str(path)!r} is no video that can be read; convert it to an animation "
+                f"({', '.join(ANIMATIONS)}) or to a folder of frames"
+            )
+        return status.st_size
+    if not video:
+        raise ValueError(f"{str(path)!r} is a folder, not an image")
+    if not _frame_files(path):
+        raise ValueError(f"{str(path)!r} is a folder without frames ({', '.join(FRAMES)})")
+    return 0
 
 
 def _frame_files(folder: Path) -> list[Path]:

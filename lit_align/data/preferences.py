@@ -93,10 +93,10 @@ class PreferenceDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        sides = image_size if isinstance(image_size, tuple) else (image_size or 1,) * 2
+        side = min(image_size) if isinstance(image_size, tuple) else image_size
         for name, value in {"batch_size": batch_size, "num_frames": num_frames,
-                            "image_size": min(sides)}.items():  # fmt: skip
-            if value < 1:
+                            "image_size": side}.items():  # fmt: skip
+            if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"`val_fraction` must lie in [0, 1), got {val_fraction}.")
