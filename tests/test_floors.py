@@ -34,7 +34,7 @@ OUTSIDE = {
     "functional": {"torch", "numpy"},
     "shapes": {"torch", "numpy", "PIL"},
     "schedulers": {"torch", "diffusers"},
-    "rewards": {"torch", "transformers", "open_clip", "PIL"},
+    "rewards": {"torch", "transformers", "open_clip", "PIL", "safetensors"},
     "metrics": {"torch", "torchmetrics"},
     "data": {"torch", "numpy", "PIL", "lightning"},
     "policies": {"torch", "diffusers", "transformers", "peft", "open_clip", "safetensors"},

@@ -4,22 +4,29 @@ from lit_align.rewards.base import RewardModule
 from lit_align.rewards.colorfulness import Colorfulness
 from lit_align.rewards.composition import Composition
 from lit_align.rewards.jpeg import JPEGCompressibility
+from lit_align.rewards.learned import LearnedReward, ShapesPreference
 from lit_align.rewards.pairwise_diversity import PairwiseDiversityReward
 from lit_align.rewards.parity import DistributionParity
 from lit_align.rewards.shapes_clip import ShapesCLIP
 from lit_align.rewards.shapes_color import ShapesColor
 from lit_align.rewards.shapes_verifier import ShapesVerifier
+from lit_align.rewards.towers import BLIPTower, CLIPTower, RewardTower
 from lit_align.rewards.weighted import WeightedReward
 
 __all__ = [
+    "BLIPTower",
+    "CLIPTower",
     "Colorfulness",
     "Composition",
     "DistributionParity",
     "JPEGCompressibility",
+    "LearnedReward",
     "PairwiseDiversityReward",
     "RewardModule",
+    "RewardTower",
     "ShapesCLIP",
     "ShapesColor",
+    "ShapesPreference",
     "ShapesVerifier",
     "WeightedReward",
 ]

@@ -1,0 +1,292 @@
+"""Towers of learned rewards: images and prompts in, features or a cosine out, differentiable.
+
+A tower describes itself by `options`, plain values that `tower_from` builds an equal one of, so
+that a reward opens from its own folder or checkpoint, without the model it was started from.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+)
+
+from lit_align.rewards.shapes_clip import ShapesCLIP, build_shapes_clip
+
+# Of CLIP's training images, by channel; BLIP takes them over.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_BLIP_TOKENS = 35  # as ImageReward cuts prompts
+
+
+class RewardTower(nn.Module, ABC):
+    """Features of images and their prompts.
+
+    Args:
+        model: The network, a transformers model.
+        tokenizer: Of transformers, backed by a JSON description.
+        mean, std: Of the network's pixels, by channel.
+        max_tokens: Prompts are cut after as many; by default as the tokenizer says.
+
+    Attributes:
+        width: D of the features.
+    """
+
+    width: int
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        mean: Sequence[float],
+        std: Sequence[float],
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).float().eval()
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens or int(tokenizer.model_max_length)
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    @abstractmethod
+    def features(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return features [B, D] of images [B, 3, H, W] in [0, 1] and their B prompts."""
+
+    def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosine [B] of images and prompts; see `features`.
+
+        Raises:
+            ValueError: If the tower embeds them jointly only.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no cosine of image and prompt; use the head 'linear' or "
+            "'mlp', or a CLIPTower."
+        )
+
+    @abstractmethod
+    def stacks(self) -> list[list[nn.Module]]:
+        """Return the encoders, each as its embeddings and then its layers, the lowest first."""
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return what the network sees: the centre square, resized and normalised."""
+        size = int(self.model.config.vision_config.image_size)
+        images = images.float()
+        height, width = images.shape[-2:]
+        if min(height, width) != size:
+            scale = size / min(height, width)
+            shape = [max(size, round(side * scale)) for side in (height, width)]
+            images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = ((side - size) // 2 for side in images.shape[-2:])
+        images = images[..., top : top + size, left : left + size]
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (images - mean) / std
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return ids and attention mask [B, max_tokens], on the network's device."""
+        found = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+        )
+        device = self.model.device
+        return found.input_ids.to(device), found.attention_mask.to(device)
+
+    def options(self) -> dict[str, Any]:
+        """Return plain values that `tower_from` builds an equal tower of."""
+        return {
+            "kind": type(self).__name__,
+            "config": json.loads(self.model.config.to_json_string(use_diff=False)),
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "pad_token": self.tokenizer.pad_token,
+            "max_tokens": self.max_tokens,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+class CLIPTower(RewardTower):
+    """Two encoders; the features are image and text embedding and their product.
+
+    Unit embeddings of width d are multiplied by sqrt(d), so that entries are about 1.
+
+    Args:
+        pretrained: A hub id or folder of transformers' `CLIPModel`.
+        model: Use this one instead, with `tokenizer`.
+        tokenizer: By default that of `pretrained`.
+        mean, std: Of the network's pixels, by channel.
+        max_tokens: Prompts are cut after as many.
+
+    Raises:
+        ValueError: If neither, or both, of `pretrained` and `model` are given.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        max_tokens: int | None = None,
+    ) -> None:
+        model, tokenizer = _given(CLIPModel, pretrained, model, tokenizer)
+        super().__init__(model, tokenizer, mean, std, max_tokens)
+        self.width = 3 * int(model.config.projection_dim)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Return unit embeddings [B, d] of images [B, 3, H, W] in [0, 1]."""
+        pooled = self.model.vision_model(pixel_values=self.pixels(images)).pooler_output
+        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+
+    def embed_text(self, prompts: Sequence[str]) -> Tensor:
+        """Return unit embeddings [B, d]; equal prompts are embedded once."""
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        ids, _ = self.tokens(list(places))
+        pooled = self.model.text_model(input_ids=ids).pooler_output
+        embeddings = F.normalize(self.model.text_projection(pooled), dim=-1)
+        rows = torch.tensor([places[prompt] for prompt in prompts], device=embeddings.device)
+        return embeddings[rows]
+
+    def features(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return features [B, 3 d]; see the base class."""
+        scale = (self.width / 3) ** 0.5
+        image, text = scale * self.embed_images(images), scale * self.embed_text(prompts)
+        return torch.cat([image, text, image * text], dim=-1)
+
+    def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosine [B]; see the base class."""
+        return (self.embed_images(images) * self.embed_text(prompts)).sum(dim=-1)
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """Logarithm of the inverse temperature, a scalar."""
+        scale: nn.Parameter = self.model.logit_scale
+        return scale
+
+    def stacks(self) -> list[list[nn.Module]]:
+        """Return the two encoders; see the base class."""
+        vision, text = self.model.vision_model, self.model.text_model
+        first = nn.ModuleList([vision.embeddings, vision.pre_layrnorm])
+        return [[first, *vision.encoder.layers], [text.embeddings, *text.encoder.layers]]
+
+
+class BLIPTower(RewardTower):
+    """A text encoder that attends to the image; the features are its first token's (ImageReward).
+
+    Args:
+        pretrained: A hub id or folder of transformers' `BlipForImageTextRetrieval`.
+        model: Use this one instead, with `tokenizer`.
+        tokenizer: By default that of `pretrained`.
+        mean, std: Of the network's pixels, by channel.
+        max_tokens: Prompts are cut after as many.
+
+    Raises:
+        ValueError: If neither, or both, of `pretrained` and `model` are given.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        max_tokens: int | None = _BLIP_TOKENS,
+    ) -> None:
+        model, tokenizer = _given(BlipForImageTextRetrieval, pretrained, model, tokenizer)
+        # Heads that no score depends on would never get a gradient.
+        model.vision_proj = model.text_proj = model.itm_head = nn.Identity()
+        super().__init__(model, tokenizer, mean, std, max_tokens)
+        self.width = int(model.config.text_config.hidden_size)
+
+    def features(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return features [B, D]; see the base class."""
+        seen = self.model.vision_model(pixel_values=self.pixels(images)).last_hidden_state
+        ids, mask = self.tokens(prompts)
+        read = self.model.text_encoder(
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=seen, return_dict=True
+        )
+        hidden: Tensor = read.last_hidden_state[:, 0]
+        return hidden
+
+    def stacks(self) -> list[list[nn.Module]]:
+        """Return the two encoders; see the base class."""
+        vision, text = self.model.vision_model, self.model.text_encoder
+        return [
+            [vision.embeddings, *vision.encoder.layers],
+            [text.embeddings, *text.encoder.layer],
+        ]
+
+
+def shapes_tower(pretrained: str | None = "shapes-clip", width: int = 64) -> CLIPTower:
+    """Return the tower of the shapes world.
+
+    Args:
+        pretrained: "shapes-clip" starts from the shipped dual encoder, a folder from that of
+            `ShapesCLIP.save_pretrained`; None from random weights.
+        width: Of the random weights' layers, a multiple of 4.
+    """
+    folder = None if pretrained == "shapes-clip" else pretrained
+    encoder = build_shapes_clip(width) if pretrained is None else ShapesCLIP(folder)
+    return CLIPTower(
+        model=encoder.model, tokenizer=encoder.tokenizer, mean=[0.5] * 3, std=[0.5] * 3
+    )
+
+
+def _given(kind: Any, pretrained: str | None, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Return the network and the tokenizer that the arguments name."""
+    if (pretrained is None) == (model is None):
+        raise ValueError("Give a tower either `pretrained` or `model`.")
+    if pretrained is not None:
+        model = kind.from_pretrained(pretrained, dtype=torch.float32)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(pretrained)
+    if tokenizer is None:
+        raise ValueError("A tower made of a `model` needs its `tokenizer`.")
+    return model, tokenizer
+
+
+# Class of the tower, and what makes its network of a configuration.
+_KINDS: dict[str, tuple[Callable[..., RewardTower], Callable[[dict[str, Any]], Any]]] = {
+    "CLIPTower": (CLIPTower, lambda config: CLIPModel(CLIPConfig.from_dict(config))),
+    "BLIPTower": (
+        BLIPTower,
+        lambda config: BlipForImageTextRetrieval(BlipConfig.from_dict(config)),
+    ),
+}
+
+
+def tower_from(options: dict[str, Any]) -> RewardTower:
+    """Return a tower with random weights that is otherwise the one that `options` tell of.
+
+    Raises:
+        ValueError: If they name no tower of this package.
+    """
+    if options.get("kind") not in _KINDS:
+        raise ValueError(
+            f"There is no tower {options.get('kind')!r}; known are {', '.join(_KINDS)}."
+        )
+    tower, network = _KINDS[options["kind"]]
+    with tempfile.TemporaryDirectory() as folder:  # a tokenizer is read from a file only
+        path = Path(folder, "tokenizer.json")
+        path.write_text(options["tokenizer"], encoding="utf-8")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(path), pad_token=options["pad_token"]
+        )
+    given = {name: options[name] for name in ("mean", "std", "max_tokens")}
+    return tower(model=network(options["config"]), tokenizer=tokenizer, **given)
