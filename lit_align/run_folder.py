@@ -74,7 +74,7 @@ def read_metrics(metrics: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-_COUNTERS = ("reward_queries", "gradient_queries", "denoiser_calls")
+_COUNTERS = ("reward_queries", "gradient_queries", "denoiser_calls", "judgements", "labels")
 
 
 def validation_rows(metrics: Path) -> list[dict[str, float]]:

@@ -225,8 +225,7 @@ class AlignmentModule(LightningModule, ABC):
         if self.trainer.world_size == 1:
             return values
         everywhere: Any = self.all_gather(values)
-        together: Tensor = everywhere.flatten(0, 1)
-        return together
+        return torch.as_tensor(everywhere.flatten(0, 1))
 
     def globally(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
         """Return `function` of the values of all processes, cut back to this process's share."""

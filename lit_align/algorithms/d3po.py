@@ -29,8 +29,8 @@ from torch import Tensor
 from lit_align.algorithms.online import Logs, OnlineModule
 from lit_align.algorithms.pairing import keep_best_and_worst
 from lit_align.data.planner import RoundPlan
+from lit_align.functional.judging import winner_first
 from lit_align.functional.noise import keyed_generator
-from lit_align.functional.preference import winner_first
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
 from lit_align.trajectory import PromptBatch, Trajectory, Transition

@@ -31,13 +31,13 @@ from torch import Tensor
 from lit_align.algorithms.choices import check_choice
 from lit_align.algorithms.forward_process import ForwardPairs, ForwardProcessModule, Logs
 from lit_align.algorithms.pairing import RewardRefresh, keep_best_and_worst
+from lit_align.functional.judging import winner_first
 from lit_align.functional.preference import (
     Judged,
     LossType,
     PreferenceLoss,
     denoising_error,
     preference_diagnostics,
-    winner_first,
 )
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule

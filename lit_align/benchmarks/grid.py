@@ -95,10 +95,16 @@ def summarise(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> str:
             gain, size = spread(gains, "+.4f"), spread(sizes, "+.2f")
             lines.append(
                 f"| {name} | {reward.removeprefix('val/reward/')} | {len(seeds)} "
-                f"| {seeds[0][-1]['reward_queries']:.0f} | {statistics.mean(first):.4f} "
+                f"| {seeds[0][-1][effort_of(seeds[0])]:.0f} | {statistics.mean(first):.4f} "
                 f"| {statistics.mean(last):.4f} | {gain} | {size} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def effort_of(rows: Rows) -> str:
+    """Return the counter that tells how far a run has come: reward queries, if it asks any."""
+    asks = "judgements" not in rows[-1] or rows[-1]["reward_queries"] > 0
+    return "reward_queries" if asks else "judgements"
 
 
 def _rewards(seeds: list[Rows]) -> list[str]:
@@ -119,7 +125,8 @@ def _draw(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> Figure:
         seeds = curves[name]
         for reward in _rewards(seeds):
             shared = min(map(len, seeds))  # a run may have been stopped early
-            queries = [row["reward_queries"] for row in seeds[0][:shared]]
+            effort = effort_of(seeds[0])
+            queries = [row[effort] for row in seeds[0][:shared]]
             gains = [[row[reward] - seed[0][reward] for row in seed[:shared]] for seed in seeds]
             points = list(zip(*gains, strict=True))
             label = reward.removeprefix("val/reward/")
@@ -128,7 +135,7 @@ def _draw(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> Figure:
             axis.fill_between(queries, lows, highs, color=line.get_color(), alpha=0.2)
         axis.axhline(0, color="gray", linewidth=0.5)
         axis.set_title(runs[name].get("title", name), fontsize=9)
-        axis.set_xlabel("reward queries")
+        axis.set_xlabel(effort_of(seeds[0]).replace("_", " "))
         axis.legend(fontsize=7)
     figure.supylabel("gain over the base, held-out prompts", fontsize=9)
     return figure

@@ -143,8 +143,8 @@ class RoundPlan:
         kept = f", of each prompt {self.kept_per_prompt} kept" * (self.kept_per_prompt is not None)
         return (
             f"A round: {self.prompts_per_round} prompts x {self.samples_per_prompt} = {images} "
-            f"images{kept}; {self.trained_steps} trained steps x {self.num_inner_epochs} pass(es) = "
-            f"{self.minibatches} minibatches of {self.minibatch_size} pairs per process; "
+            f"images{kept}; {self.trained_steps} trained steps x {self.num_inner_epochs} pass(es) "
+            f"= {self.minibatches} minibatches of {self.minibatch_size} pairs per process; "
             f"{self.minibatches // accumulate_grad_batches} optimiser step(s)."
         )
 
