@@ -320,7 +320,7 @@ def gather_candidates(
         ValueError: If both, neither or half of the two is given.
     """
     prompts, given = drawing.get("prompts"), drawing.get("candidates")
-    model = [drawing.get("ckpt_path"), drawing.get("pretrained"), drawing.get("lora")]
+    model = drawing.get("ckpt_path"), drawing.get("pretrained"), drawing.get("lora")
     folder.mkdir(parents=True, exist_ok=True)
     if given is not None:
         if any(value is not None for value in (prompts, *model)):

@@ -117,6 +117,13 @@ def test_names_of_images_tell_models_apart(source):
     assert one.items[0]["uid"] != two.items[0]["uid"]
 
 
+def test_records_name_the_model_and_the_step_of_a_checkpoint():
+    torch.save({"global_step": 400}, "last.ckpt")
+    assert candidates._model_name("last.ckpt", None, None) == "last.ckpt@step400"
+    assert candidates._model_name(None, "shapes-sd", None) == "shapes-sd"
+    assert candidates._model_name(None, "shapes-sd", "lora") == "shapes-sd+lora"
+
+
 def test_prompts_are_texts_files_and_shipped_lists():
     assert read_prompts(["a cat", "a dog"], limit=1) == [("a cat", None)]
     assert read_prompts("simple-animals", limit=2) == [("cat", None), ("dog", None)]
