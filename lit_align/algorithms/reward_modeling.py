@@ -79,10 +79,11 @@ class RewardModeling(LightningModule):
         if loss_type not in (known := get_args(LossType)):
             raise ValueError(f"`loss_type` must be one of {known}, got {loss_type!r}.")
         if theta <= 1 or margin < 0:
-            told = f"got {theta} and {margin}"
-            raise ValueError(f"`theta` must be above 1 and `margin` not negative, {told}.")
+            raise ValueError(f"`theta` must be above 1, `margin` from 0, got {theta}, {margin}.")
+        if not callable(set_trainable := getattr(reward, "set_trainable", None)):
+            raise ValueError(f"`reward` must be a LearnedReward, got {type(reward).__name__}.")
+        set_trainable(freeze)
         self.reward: Any = reward
-        self.reward.set_trainable(freeze)
         self.loss_type, self.theta, self.margin, self.seed = loss_type, theta, margin, seed
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
         self.accuracy, self.calibration = TieAwareAccuracy(), Calibration()
@@ -113,7 +114,7 @@ class RewardModeling(LightningModule):
         return F.bradley_terry(delta - gap * self.margin if self.loss_type == "margin" else delta)
 
     def _ties(self, labels: Tensor) -> Tensor:
-        """Return which judgements [B] are ties that the loss says nothing about."""
+        """Return the judgements [B] that are ties, if the loss says nothing about them."""
         return (labels[:, 0] == labels[:, 1]) & (self.loss_type not in _TAKE_TIES)
 
     def score(self, batch: PreferenceBatch, dropout: bool = False) -> Tensor:
@@ -163,10 +164,10 @@ class RewardModeling(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the measures of all processes and standardise the reward."""
-        found, moments = self.accuracy.compute(), self.moments.compute()
-        for name in ("accuracy", "accuracy_with_ties", "tie_threshold"):
+        moments = self.moments.compute()
+        found = {**self.accuracy.compute(), "ece": self.calibration.compute()["ece"]}
+        for name in ("accuracy", "accuracy_with_ties", "tie_threshold", "ece"):
             self.log(f"val/{name}", found[name].float())
-        self.log("val/ece", self.calibration.compute()["ece"].float())
         if not self.trainer.sanity_checking and moments["std"] > 0:
             self.reward.standardise(moments["mean"], moments["std"])
         for metric in (self.accuracy, self.calibration, self.moments):
@@ -190,10 +191,9 @@ class RewardModeling(LightningModule):
         """Store what opens the reward without this module, and no network as hyperparameter."""
         identity = {"method": type(self).__name__}
         checkpoint["lit_align"] = {**describe(identity), "reward": self.reward.options()}
-        given = checkpoint.get("hyper_parameters", {})
-        checkpoint["hyper_parameters"] = {
-            name: value for name, value in given.items() if not isinstance(value, nn.Module)
-        }
+        given = checkpoint.get("hyper_parameters", {}).items()
+        plain = {name: value for name, value in given if not isinstance(value, nn.Module)}
+        checkpoint["hyper_parameters"] = plain
 
     def save_pretrained(self, path: str, dtype: torch.dtype | None = None) -> None:
         """Write the reward's folder."""

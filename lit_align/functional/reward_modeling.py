@@ -228,12 +228,12 @@ class Reliability(NamedTuple):
 
     confidence: Tensor
     accuracy: Tensor
-    count: Tensor
+    judgements: Tensor
 
     def error(self) -> float:
         """Return the expected calibration error ``sum_b n_b / N |confidence - accuracy|``."""
         gap = (self.confidence - self.accuracy).abs().nan_to_num()
-        return float((self.count * gap).sum() / self.count.sum())
+        return float((self.judgements * gap).sum() / self.judgements.sum())
 
 
 def reliability(delta: Tensor, labels: Tensor, bins: int = 10) -> Reliability:

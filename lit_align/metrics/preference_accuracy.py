@@ -105,8 +105,8 @@ class Calibration(_JudgedPairs):
 
         Returns:
             "ece", the expected calibration error, NaN without judgements; "confidence", "accuracy"
-            and "count" of the bins [M], the first two NaN in empty ones.
+            and "judgements" of the bins [M], the first two NaN in empty ones.
         """
         curve = reliability(self.samples("deltas"), self.samples("labels"), self.bins)
-        error = curve.error() if curve.count.sum() else math.nan
+        error = curve.error() if curve.judgements.sum() else math.nan
         return {"ece": curve.confidence.new_tensor(error), **curve._asdict()}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lit_align.algorithms import RewardModeling
 from lit_align.callbacks import RNGStateCallback
 from lit_align.checkpoint_io import read_checkpoint
-from lit_align.rewards import CLIPTower, LearnedReward
+from lit_align.rewards import CLIPTower, Colorfulness, LearnedReward
 from lit_align.rewards.shapes_clip import build_shapes_clip
 from lit_align.trajectory import PreferenceBatch
 
@@ -206,8 +206,10 @@ def test_the_same_run_twice_is_the_same():
 def test_options_out_of_range_are_named():
     with pytest.raises(ValueError, match=r"`loss_type` must be one of \('bt', .* got 'dpo'"):
         make(loss_type="dpo")
-    with pytest.raises(ValueError, match=r"`theta` must be above 1 .* got 1.0 and 0.57"):
+    with pytest.raises(ValueError, match=r"`theta` must be above 1, .* got 1.0, 0.57"):
         make(theta=1.0)
+    with pytest.raises(ValueError, match=r"`reward` must be a LearnedReward, got Colorfulness"):
+        RewardModeling(Colorfulness())
     single = judgements(2).replace(images=torch.zeros(2, 1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"learns from two or more images .* got \[2, 1, 3"):
         make().score(single)

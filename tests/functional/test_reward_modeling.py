@@ -210,7 +210,7 @@ def test_accuracy_without_ties():
 def test_reliability_of_three_judgements():
     """Confidences 0.731 (right), 0.731 (wrong), 0.881 (right): bins 2 and 3 of four."""
     curve = reliability(torch.tensor([1.0, -1.0, 2.0]), torch.ones(3), bins=4)
-    assert curve.count.tolist() == [0, 2, 0, 1]
+    assert curve.judgements.tolist() == [0, 2, 0, 1]
     sure, surer = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))
     close(curve.confidence[[1, 3]], [sure, surer])
     close(curve.accuracy[[1, 3]], [0.5, 1.0])

@@ -44,7 +44,7 @@ def test_batches_add_up():
     curve = fed(Calibration(bins=5), delta, labels, cut=37)
     expected = reliability(delta, labels, 5)
     assert curve["ece"].item() == pytest.approx(expected.error())
-    assert curve["count"].tolist() == expected.count.tolist()
+    assert curve["judgements"].tolist() == expected.judgements.tolist()
 
 
 def test_nan_is_left_out_and_nothing_is_nan():
