@@ -143,7 +143,7 @@ def error_weights(
         raise ValueError(
             "`beta_schedule: elbo` weighs errors of the noise: set `error_space: eps`."
         )
-    weights = torch.ones(len(timesteps), device=timesteps.device)
+    weights = _ones(timesteps)
     if space != "native":
         unit, nothing = _flat(weights), _flat(torch.zeros_like(weights))
         clean = scheduler.clean(unit, nothing, timesteps) - scheduler.clean(
@@ -170,8 +170,13 @@ def signal_to_noise(scheduler: StochasticScheduler, timesteps: Tensor) -> Tensor
 
 
 def _signal(scheduler: StochasticScheduler, timesteps: Tensor) -> Tensor:
-    unit = _flat(torch.ones(len(timesteps), device=timesteps.device))
+    unit = _flat(_ones(timesteps))
     return scheduler.corrupt(unit, torch.zeros_like(unit), timesteps)[0].flatten()
+
+
+def _ones(timesteps: Tensor) -> Tensor:
+    """Return ones [N], in float32 or the precision of the times."""
+    return torch.ones_like(timesteps, dtype=torch.promote_types(timesteps.dtype, torch.float32))
 
 
 def _flat(values: Tensor) -> Tensor:
