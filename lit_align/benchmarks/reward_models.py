@@ -44,7 +44,7 @@ from lit_align.trajectory import PreferenceBatch
 TEMPERATURE, TASTE = 0.5, 0.5
 TIE_SHARE = 0.25
 BATCH = 64  # judgements
-SIZES = (250, 1000, 4000)
+SIZES = (1000, 4000, 16000)
 
 
 @dataclass(frozen=True)
