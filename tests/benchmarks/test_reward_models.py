@@ -1,4 +1,4 @@
-"""Synthetic annotators with known probabilities, and the measures of models that learned of them."""
+"""Synthetic annotators with known probabilities, and the measures of models learned of them."""
 
 import math
 
