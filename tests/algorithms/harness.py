@@ -11,6 +11,7 @@ from torch import nn
 from lit_align.algorithms import (
     AWM,
     CRD,
+    D3PO,
     DDPO,
     DGPO,
     TDPO,
@@ -23,6 +24,7 @@ from lit_align.algorithms import (
     FlowGRPO,
     LargeScaleRL,
     NablaGFlowNet,
+    OnlineDPO,
     ReFL,
     Task,
 )
@@ -144,6 +146,8 @@ METHODS = {
         AWM, {**ONLINE, "minibatch_size": 4, "trained_times": 1, "timestep_fraction": 1.0}
     ),
     "CRD": maker(CRD, ONLINE),
+    "D3PO": maker(D3PO, ONLINE),
+    "OnlineDPO": maker(OnlineDPO, {**ONLINE, "timestep_fraction": 0.7, "beta": 50.0}),
     "DGPO": maker(DGPO, {**ONLINE, "trained_times": 2, "timestep_fraction": 1.0}),
 }
 

@@ -24,6 +24,8 @@ UPDATES = {  # a round's steps x samples / minibatch, of two tasks each with one
     "DiffusionNFT": dict.fromkeys(("sd", "sd3"), 2 * 8 // 8),
     "AWM": dict.fromkeys(("sd", "sd3"), 1 * 8 // 4),
     **{name: dict.fromkeys(("sd", "sd3"), 2 * 8 // 8) for name in ("CRD", "DGPO")},
+    "D3PO": {"sd": 3 * 8 // 8, "sd3": 2 * 8 // 8},  # both images of a prompt are kept
+    "OnlineDPO": dict.fromkeys(("sd", "sd3"), 2 * 8 // 8),
     "TPDM": dict.fromkeys(("sd", "sd3"), 2 * 8 // 8),  # images, in two passes
 }
 # In SD3's last block nothing reads the text's new states, and so nothing asks for its queries.
@@ -168,6 +170,8 @@ PAIRS = {"minibatch_size": 8, "pretraining_batch_size": 6}
         ("AWM", {"trained_times": 2}, {"minibatch_size": 8}, 2, 2),
         ("CRD", {}, {"minibatch_size": 12}, 3, 2),
         ("DGPO", {}, {"minibatch_size": 8}, 2, 2),
+        ("D3PO", {}, {"minibatch_size": 12}, 2, 2),
+        ("OnlineDPO", {}, {"minibatch_size": 8}, 2, 2),
         ("TPDM", {}, {"minibatch_size": 8}, 2, 2),
     ],
 )
