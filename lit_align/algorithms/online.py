@@ -144,9 +144,9 @@ class OnlineModule(RoundModule, ABC):
         """Run one round: rollout, score, targets, in the trainer's precision and without grad."""
         trajectory, logs = sample_and_score(self, batch, round_index)
         self._round_logs |= logs
-        trajectory = self._weigh(self.compute_targets(trajectory))
         self.count_rollout(trajectory)
         self.counters["reward_queries"] += len(trajectory) * self.trainer.world_size
+        trajectory = self._weigh(self.compute_targets(trajectory))
         if self._update_started:
             self._round_logs["time/update"] = self._update_ended - self._update_started
         self._update_started = time.perf_counter()
