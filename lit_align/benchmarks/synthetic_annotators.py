@@ -145,8 +145,8 @@ def write_preferences(
     output: str,
     pairs: int = 2000,
     val_pairs: int = 400,
-    temperature: float = 0.5,
-    taste: float = 0.5,
+    temperature: float = 1.0,
+    taste: float = 0.25,
     tie_share: float = 0.25,
     seed: int = 0,
 ) -> None:
