@@ -4,13 +4,16 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from diffusers import DDIMScheduler
+from PIL import Image
 
 from lit_align.algorithms.tasks import Task
 from lit_align.cli import main
 from lit_align.data.planner import RoundPlan, strata
+from lit_align.data.preference_records import append_record, pair_record
 from lit_align.data.prompts import PromptFile
 from lit_align.schedulers import StochasticDDIM
 
@@ -55,6 +58,39 @@ def test_configuration_for_the_shapes_world_trains_on_one_batch(path):
         "trainer.accumulate_grad_batches": "1",
         "trainer.enable_progress_bar": "false",
         "trainer.callbacks": "null",
+    }
+    run = yaml.safe_load(path.read_text())
+    if run["data"]["class_path"] == "PreferenceDataModule":
+        small |= few_judgements(run["data"]["init_args"])
+    else:
+        small |= few_prompts(path)
+    main(
+        ["fit", "--config", str(path), *(word for k, v in small.items() for word in (f"--{k}", v))]
+    )
+
+
+def few_judgements(options):
+    """Return options that read six judgements of noise, half of them to evaluate on."""
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"{number}.png")
+    for number in range(6):
+        items = [{"uid": f"{k}", "path": f"{k}.png"} for k in (2 * number, 2 * number + 1)]
+        record = pair_record(
+            id=f"pair{number}", prompt=f"a red circle {number}", items=items, label=[1.0, 0.0]
+        )
+        append_record("few.jsonl", record)
+    small = {"train": "few.jsonl", "batch_size": "2", "num_workers": "0"}
+    small |= {"val": "few.jsonl"} if options.get("val") else {"val_fraction": "0.5"}
+    if options.get("cache_latents"):
+        small["cache_latents"] = "latents"
+    if options.get("prompts"):
+        small["prompts.init_args.val_size"] = "4"
+    return {f"data.init_args.{name}": value for name, value in small.items()}
+
+
+def few_prompts(path):
+    small = {
         "data.init_args.val_size": "4",
         "model.init_args.eval_num_inference_steps": "2",
         "model.init_args.prompts_per_round": "2",
@@ -63,9 +99,7 @@ def test_configuration_for_the_shapes_world_trains_on_one_batch(path):
     }
     if "rollout_batch_size" in path.read_text():
         small["model.init_args.rollout_batch_size"] = "4"
-    main(
-        ["fit", "--config", str(path), *(word for k, v in small.items() for word in (f"--{k}", v))]
-    )
+    return small
 
 
 def parsed(path, capsys, known={}):  # noqa: B006 - parsing takes seconds: once per file

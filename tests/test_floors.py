@@ -108,6 +108,8 @@ PLUMBING = (
     "checkpoint",
     "choices",
     "denoising",
+    "noising",
+    "pairing",
     "pixels",
     "precision",
     "rollout",
@@ -119,6 +121,7 @@ ABSTRACT = (
     "rounds",
     "online",
     "forward_process",
+    "preference_learning",
     "reward_gradient",
     "schedule_learning",
 )

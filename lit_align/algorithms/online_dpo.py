@@ -107,8 +107,9 @@ class OnlineDPO(ForwardProcessModule):
                 "`ref_alpha` must lie in (0, 1] and `label_temperature` not be negative, got "
                 f"{ref_alpha} and {label_temperature}."
             )
-        self.objective, self.gap_min = PreferenceLoss(loss_type, beta, nll_coef=nll_coef), gap_min
+        self.objective = PreferenceLoss(loss_type, beta, nll_coef=nll_coef)
         self.objective.check_labels(torch.tensor([[1.0, 0.0]]))
+        self.gap_min = gap_min
         if not self.objective.kind.needs_reference:
             ref_update = "none"
         elif ref_update == "none":
@@ -120,9 +121,12 @@ class OnlineDPO(ForwardProcessModule):
         self.lr_reward, self.label_rounds = lr_reward, label_rounds
         self.refresh: RewardRefresh | None = None
         if annotator is not None:
-            self.refresh = RewardRefresh(annotator, reward, label_temperature, self.seed)
-            self.reward_model: Any = reward
-            self.counters["labels"] = 0
+            self._refresh_by(annotator, label_temperature)
+
+    def _refresh_by(self, annotator: RewardModule, temperature: float) -> None:
+        self.refresh = RewardRefresh(annotator, self.reward, temperature, self.seed)
+        self.reward_model: Any = self.reward  # in the module tree, as it is trained
+        self.counters["labels"] = 0
 
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Run one round; see the base class."""

@@ -32,7 +32,8 @@ def grid(runs: str, only: str | None = None, draw_only: bool = False, workers: i
     """Run what is missing, then draw.
 
     Args:
-        runs: A YAML file with `seeds`, and under `runs` a configuration and options per name.
+        runs: A YAML file with `seeds`, and under `runs` a configuration, options and, if they are
+            others, seeds per name.
         only: Run only the names that contain this.
         draw_only: Run nothing.
         workers: Runs at a time, which share the processor's cores.
@@ -45,7 +46,7 @@ def grid(runs: str, only: str | None = None, draw_only: bool = False, workers: i
         (f"{name}_seed{seed}", run, seed, results / f"{name}_seed{seed}.csv")
         for seed in listed["seeds"]
         for name, run in listed["runs"].items()
-        if not (draw_only or (only and only not in name))
+        if not (draw_only or (only and only not in name)) and seed in seeds_of(run, listed)
     ]
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     with ThreadPoolExecutor(workers) as pool:
@@ -99,6 +100,11 @@ def summarise(curves: dict[str, list[Rows]], runs: dict[str, Any]) -> str:
                 f"| {statistics.mean(last):.4f} | {gain} | {size} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def seeds_of(run: dict[str, Any], listed: dict[str, Any]) -> list[int]:
+    """Return the seeds of a run: its own, or those of the list."""
+    return list(run.get("seeds", listed["seeds"]))
 
 
 def effort_of(rows: Rows) -> str:
