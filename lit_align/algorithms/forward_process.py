@@ -5,9 +5,8 @@
         (x_t, target) = corrupt(x_0, eps, t)
         L = l(network(x_t, t), target, advantage) + kl_beta mean |network - pretrained|^2
 
-No step needs a density, so that any sampler serves, and a pair is one call of the network wherever
-it lies on the path. Networks that predict the noise, the velocity or the clean sample are trained
-alike: `corrupt` gives their target.
+No step needs a density, so that any sampler serves, and a pair is one call of the network. Networks
+that predict noise, velocity or the clean sample are trained alike: `corrupt` gives their target.
 """
 
 from __future__ import annotations
@@ -181,11 +180,10 @@ class ForwardProcessModule(OnlineModule, ABC):
         """Refresh the snapshots and run one round; see the base class."""
         step = self.trainer.global_step
         for name, (every, *schedule) in self._schedules.items():
-            if round_index % every:
-                continue
-            decay = ramp(step, *schedule)
-            self.snapshots[name].refresh(step, decay)
-            self._round_logs[f"rollout/{name}_decay"] = decay
+            if round_index % every == 0:
+                decay = ramp(step, *schedule)
+                self.snapshots[name].refresh(step, decay)
+                self._round_logs[f"rollout/{name}_decay"] = decay
         return super().collect(batch, round_index)
 
     def compute_targets(self, trajectory: Trajectory) -> Trajectory:
