@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "lit_align"
 FLOOR_0 = {"trajectory", "functional", "shapes"}
 FLOOR_1 = {"schedulers", "rewards", "metrics", "data"}
 ABOVE = {"cli", "comparison", "run_folder", "checkpoint_io", "run_groups", "verbs", "benchmarks",
-         "candidates", "label", "annotation", "annotate_page", "__main__"}  # floor 5: everything  # fmt: skip
+         # Floor 5: everything.
+         "candidates", "label", "annotation", "annotate_page", "__main__"}  # fmt: skip
 BASES = {"schedulers.base", "policies.base", "policies.sampling", "rewards.base",
          "rewards.scoring", "data.experience", "data.planner", "data.windows",
          "data.image_text", "policies.snapshots",

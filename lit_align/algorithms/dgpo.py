@@ -93,7 +93,7 @@ class DGPO(ForwardProcessModule):
             "sample_major" all times of a prompt together.
     """
 
-    needs_reference: ClassVar[bool] = True
+    needs_reference: bool = True
     whole_groups: ClassVar[bool] = True
     shared_noise: ClassVar[bool] = True
 

@@ -79,7 +79,7 @@ class ForwardProcessModule(OnlineModule, ABC):
 
     minibatch_types: ClassVar[tuple[type, ...]] = (ForwardPairs,)
     needs_density: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False  # also without a penalty
+    needs_reference: bool = False  # also without a penalty
     whole_groups: ClassVar[bool] = False  # minibatches of all images of a prompt, at one time
     shared_noise: ClassVar[bool] = False  # images of a prompt are noised alike
     kept_per_prompt: ClassVar[int | None] = None  # of its images, by `compute_targets`
@@ -179,9 +179,9 @@ class ForwardProcessModule(OnlineModule, ABC):
     def collect(self, batch: PromptBatch, round_index: int) -> Trajectory:
         """Refresh the snapshots and run one round; see the base class."""
         step = self.trainer.global_step
-        for name, (every, *schedule) in self._schedules.items():
+        for name, (every, flat, rate, hold) in self._schedules.items():
             if round_index % every == 0:
-                decay = ramp(step, *schedule)
+                decay = ramp(step, flat, rate, hold)
                 self.snapshots[name].refresh(step, decay)
                 self._round_logs[f"rollout/{name}_decay"] = decay
         return super().collect(batch, round_index)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_align.functional.choices import check_choice
 from lit_align.functional.noise import keyed_generator
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.schedulers.base import StochasticScheduler
@@ -107,8 +108,11 @@ def check_weighting(space: ErrorSpace, schedule: BetaSchedule) -> None:
     """Check how errors are to be weighed.
 
     Raises:
-        ValueError: If "elbo" is asked for in another space than that of the noise.
+        ValueError: If a word is unknown, or "elbo" is asked for in another space than that of the
+            noise.
     """
+    check_choice("error_space", space, ErrorSpace)
+    check_choice("beta_schedule", schedule, BetaSchedule)
     if schedule == "elbo" and space != "eps":
         raise ValueError(
             "`beta_schedule: elbo` weighs errors of the noise: set `error_space: eps`, got "
@@ -137,8 +141,11 @@ def error_weights(
         schedule: See above.
 
     Raises:
-        ValueError: If "elbo" is asked for in another space than that of the noise.
+        ValueError: If a word is unknown, or "elbo" is asked for in another space than that of the
+            noise.
     """
+    check_choice("error_space", space, ErrorSpace)
+    check_choice("beta_schedule", schedule, BetaSchedule)
     if schedule == "elbo" and space != "eps":
         raise ValueError(
             "`beta_schedule: elbo` weighs errors of the noise: set `error_space: eps`."

@@ -47,10 +47,11 @@ class RewardRefresh:
     def __init__(
         self, annotator: RewardModule, reward: RewardModule | None, temperature: float, seed: int
     ) -> None:
-        if reward is None or not hasattr(reward, "set_trainable"):
+        trained: Any = reward
+        if not hasattr(trained, "set_trainable"):
             raise ValueError("`annotator` refreshes a `reward` that is a LearnedReward.")
-        reward.set_trainable()
-        self.reward: Any = reward
+        trained.set_trainable()
+        self.reward = trained
         self.annotator = annotator.requires_grad_(False).eval()
         self.temperature, self.seed = temperature, seed
 

@@ -114,27 +114,15 @@ class PreferenceModule(AlignmentModule, ABC):
         **options: Any,
     ) -> None:
         super().__init__(policy, reward, eval_rewards, **options)
-        for name, value, choices in (
-            ("beta_schedule", beta_schedule, BetaSchedule),
-            ("error_space", error_space, ErrorSpace),
-            ("error_reduction", error_reduction, Literal["mean", "sum"]),
-            ("ref_update", ref_update, RefUpdate),
-        ):
-            check_choice(name, value, choices)
-        for name, share in (("prompt_dropout", prompt_dropout), ("sdpo_mu", sdpo_mu or 0.0)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {share}.")
-        if not 0 < ref_alpha <= 1 or ref_update_steps < 1:
-            raise ValueError(
-                "`ref_alpha` must lie in (0, 1] and `ref_update_steps` be positive, got "
-                f"{ref_alpha} and {ref_update_steps}."
-            )
+        check_choice("error_reduction", error_reduction, Literal["mean", "sum"])
+        check_choice("ref_update", ref_update, RefUpdate)
+        check_weighting(error_space, beta_schedule)
+        _check_ranges(prompt_dropout, sdpo_mu, ref_alpha, ref_update_steps)
         self.objective = PreferenceLoss(
             loss_type, beta, label_smoothing, tau, alpha, utility, nll_coef
         )
         self.sdpo_mu, self.error_reduction = sdpo_mu, error_reduction
         self.weighting = (error_space, beta_schedule)
-        check_weighting(*self.weighting)
         self.sharing = Sharing(share_noise, share_timestep, fixed_noise_per_pair, prompt_dropout)
         self.ref_update, self.ref_update_steps = ref_update, ref_update_steps
         self.ref_decay = 0.0 if ref_update == "hard" else 1 - ref_alpha
@@ -291,3 +279,16 @@ class PreferenceModule(AlignmentModule, ABC):
         """Restore the reference; see the base class."""
         super().on_load_checkpoint(checkpoint)
         self.snapshot.load_state_dict(checkpoint["lit_align"]["reference"])
+
+
+def _check_ranges(
+    prompt_dropout: float, sdpo_mu: float | None, ref_alpha: float, ref_update_steps: int
+) -> None:
+    for name, share in (("prompt_dropout", prompt_dropout), ("sdpo_mu", sdpo_mu or 0.0)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"`{name}` must lie in [0, 1], got {share}.")
+    if not 0 < ref_alpha <= 1 or ref_update_steps < 1:
+        raise ValueError(
+            "`ref_alpha` must lie in (0, 1] and `ref_update_steps` be positive, got "
+            f"{ref_alpha} and {ref_update_steps}."
+        )
