@@ -109,9 +109,11 @@ class RewardTower(nn.Module, ABC):
 
     def options(self) -> dict[str, Any]:
         """Return plain values that `tower_from` builds an equal tower of."""
+        config = json.loads(self.model.config.to_json_string(use_diff=False))
+        config.pop("_name_or_path", None)  # where it came from says nothing elsewhere
         return {
             "kind": type(self).__name__,
-            "config": json.loads(self.model.config.to_json_string(use_diff=False)),
+            "config": config,
             "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
             "pad_token": self.tokenizer.pad_token,
             "max_tokens": self.max_tokens,

@@ -13,7 +13,8 @@ from transformers import (
     BlipForImageTextRetrieval,
 )
 
-from lit_align.rewards import BLIPTower, CLIPTower, LearnedReward, ShapesCLIP
+from lit_align.data.image_text import ShapesPairs
+from lit_align.rewards import BLIPTower, CLIPTower, LearnedReward, ShapesCLIP, ShapesPreference
 from lit_align.rewards.base import checked_scores
 from lit_align.rewards.shapes_clip import build_shapes_clip
 from lit_align.rewards.towers import shapes_tower, tower_from
@@ -216,6 +217,17 @@ def test_the_shapes_tower_starts_from_the_shipped_encoder():
         tower.similarity(images(), PROMPTS), encoder(images(), PROMPTS), atol=ATOL, rtol=0
     )
     assert shapes_tower(None, width=16).width == 48
+
+
+def test_the_shipped_preference_likes_a_kept_caption_and_is_standardised():
+    pairs = ShapesPairs(64, 5, ("heldout",))
+    pixels = torch.stack([pairs[i]["image"] for i in range(64)])
+    reward = ShapesPreference()
+    own, other = reward(pixels, pairs.captions), reward(pixels, pairs.captions[::-1])
+    assert (own > other).float().mean() > 0.85
+    assert torch.cat([own, other]).mean().abs() < 0.5
+    assert torch.cat([own, other]).std().item() == pytest.approx(1, abs=0.3)
+    assert (reward.name, ShapesPreference(name="taste").name) == ("ShapesPreference", "taste")
 
 
 def test_a_tower_is_described_in_plain_values():
