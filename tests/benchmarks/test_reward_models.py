@@ -1,6 +1,7 @@
 """Synthetic annotators with known probabilities, and the measures of models learned of them."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from lit_align.benchmarks.synthetic_annotators import (
     outcome_probabilities,
     write_preferences,
 )
+from lit_align.cli import main
 from lit_align.data.preferences import PreferenceFile
 from lit_align.functional.noise import keyed_generator
 from lit_align.functional.reward_modeling import tie_probabilities
-from lit_align.rewards import ShapesVerifier
+from lit_align.rewards import LearnedReward, ShapesVerifier
 
 ATOL = 1e-6
+CONFIGS = Path(__file__).parent.parent.parent / "configs" / "reward_modeling"
 DELTA = torch.linspace(-3, 3, 13, dtype=torch.float64)
 
 
@@ -112,3 +115,26 @@ def test_finished_runs_are_skipped_and_summed_up(tmp_path, capsys):
     assert "| bt_1000 | 2 | 1,000 | 0.7500 ± 0.0707 | 0.8200 ± 0.0000 |" in capsys.readouterr().out
     summarise(tmp_path)
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["shapes_bt", "shapes_btt"])
+def test_from_judgements_to_a_reward_by_the_command_line(name, tmp_path):
+    """Write, fit, export; the checkpoint and the folder are the same reward."""
+    write_preferences(str(tmp_path / "it"), pairs=16, val_pairs=8)
+    given = {
+        "trainer.max_epochs": "1",
+        "trainer.enable_progress_bar": "false",
+        "data.init_args.train": str(tmp_path / "it" / "train.jsonl"),
+        "data.init_args.val": str(tmp_path / "it" / "val.jsonl"),
+        "data.init_args.batch_size": "4",
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *words])
+    (checkpoint,) = (tmp_path / "runs").rglob("last.ckpt")
+    folder = str(tmp_path / "exported")
+    main(["export", "--ckpt_path", str(checkpoint), "--output", folder])
+    images, prompts = torch.rand(2, 3, 32, 32), ["a red circle", "two squares"]
+    one, other = (LearnedReward(pretrained=path) for path in (str(checkpoint), folder))
+    torch.testing.assert_close(one(images, prompts), other(images, prompts), atol=0, rtol=0)
+    assert one.std != 1, "standardised by the validation"
