@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lit_align.algorithms.checkpoint import check_identity, describe, keep_trainable
+from lit_align.algorithms.checkpoint import check_identity, describe, keep_args, keep_trainable
 from lit_align.algorithms.choices import check_train
 from lit_align.algorithms.precision import check_precision, keep_float32
 from lit_align.algorithms.sharding import check_strategy, name_optimizer_states, shard, whole
@@ -78,7 +78,7 @@ class AlignmentModule(LightningModule, ABC):
             raise ValueError(
                 f"`max_invalid_fraction` must lie in [0, 1], got {max_invalid_fraction}."
             )
-        self.save_hyperparameters(logger=False)
+        keep_args(self)
         self.strict_loading = False  # a checkpoint holds trainable tensors only
         self.policy = policy
         # A plain dictionary: rewards belong in no checkpoint, and no precision plugin casts them.

@@ -7,6 +7,7 @@ scores, the counters, and what it is: the method, the policy's name and hash, an
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -19,7 +20,22 @@ from lit_align import __version__
 
 # The second is written by Lightning's weight averaging.
 _STATES = ("state_dict", "current_model_state")
+_NETWORKS = (
+    "policy", "reward", "eval_rewards", "tasks", "critic", "flow_correction", "annotator",
+)  # fmt: skip
 _LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "peft")
+
+
+def keep_args(module: LightningModule) -> None:
+    """Keep the arguments of a method's constructor, which calls this.
+
+    Networks are left out, which Lightning would copy with all their weights; what the command line
+    built them from is kept.
+    """
+    frame: Any = inspect.currentframe()
+    module.save_hyperparameters(logger=False, ignore=_NETWORKS, frame=frame.f_back)
+    if "_instantiator" in module.hparams:  # the command line's own configuration
+        module.save_hyperparameters(logger=False, frame=frame.f_back)
 
 
 def describe(identity: Mapping[str, str]) -> dict[str, Any]:

@@ -58,16 +58,21 @@ class Recipe:
         labels: Judgements, ties included.
         tie_share: Of ties among them.
         theta: Of "btt".
+        freeze: Of `RewardModeling`.
+        lr: Peak learning rate.
     """
 
     loss_type: str
     labels: int = _TIED
     tie_share: float = 0.0
     theta: float = 5.0
+    freeze: float | str = "tower"
+    lr: float = 3e-3
 
 
 RECIPES = {
     **{f"bt_{size}": Recipe("bt", size) for size in STEPS},
+    "tuned_16000": Recipe("bt", 16000, freeze=0.0, lr=3e-4),
     "ties_bt": Recipe("bt", tie_share=TIE_SHARE),
     "ties_soft": Recipe("soft", tie_share=TIE_SHARE),
     "ties_btt": Recipe("btt", tie_share=TIE_SHARE),
@@ -134,14 +139,13 @@ def make_world(tie_share: float, cache: str | None) -> World:
     return World(train, world.val, world.test, tau)
 
 
-def train_model(recipe: Recipe, world: World, seed: int, lr: float) -> tuple[RewardModeling, int]:
+def train_model(recipe: Recipe, world: World, seed: int) -> tuple[RewardModeling, int]:
     """Return a trained model and how many judgements it was trained on.
 
     Args:
         recipe: What to train.
         world: The pools.
         seed: Decides labels and their order.
-        lr: Peak learning rate.
     """
     steps = STEPS[recipe.labels]
     chances = world.chances(world.train)[: recipe.labels]
@@ -155,8 +159,8 @@ def train_model(recipe: Recipe, world: World, seed: int, lr: float) -> tuple[Rew
     order = torch.cat(laps)[: steps * BATCH].tolist()
     loader = DataLoader(judged, BATCH, sampler=order, collate_fn=PreferenceBatch.concatenate)
     reward = LearnedReward(shapes_tower(), "linear")
-    options = {"loss_type": recipe.loss_type, "theta": recipe.theta}
-    module = RewardModeling(reward, lr=lr, weight_decay=1e-2, warmup_steps=10, **options)  # type: ignore[arg-type]
+    options: Any = {name: getattr(recipe, name) for name in ("loss_type", "theta", "freeze", "lr")}
+    module = RewardModeling(reward, weight_decay=1e-2, warmup_steps=10, **options)
     val_labels = judge(world.chances(world.val), keyed_generator("val labels", seed))
     val: Any = Judged(world.val, val_labels)
     trainer = Trainer(
@@ -239,7 +243,6 @@ def reward_models(
     output: str = "configs/reward_modeling/results",
     seeds: list[int] | None = None,
     only: list[str] | None = None,
-    lr: float = 3e-4,
     cache: str = "runs/annotators",
 ) -> None:
     """Train every recipe with every seed, and write tables and a picture.
@@ -248,7 +251,6 @@ def reward_models(
         output: Folder: one CSV per run, `summary.md` and `accuracy.png`. Finished runs are skipped.
         seeds: By default 0, 1 and 2.
         only: Recipes; all by default.
-        lr: Peak learning rate.
         cache: A folder that keeps the rendered pools.
     """
     folder = Path(output)
@@ -263,7 +265,7 @@ def reward_models(
             if recipe.tie_share not in worlds:
                 worlds[recipe.tie_share] = make_world(recipe.tie_share, cache)
             started = time.perf_counter()
-            module, trained = train_model(recipe, worlds[recipe.tie_share], seed, lr)
+            module, trained = train_model(recipe, worlds[recipe.tie_share], seed)
             found = measure(module, worlds[recipe.tie_share], seed)
             seconds = round(time.perf_counter() - started)
             row = {"judgements": recipe.labels, "trained": trained, **found}
