@@ -39,6 +39,8 @@ class LitAlignCLI(LightningCLI):
     """LightningCLI with a run folder, exact resume of its files, and checkpoints as defaults."""
 
     def __init__(self, args: ArgsType = None) -> None:
+        words = list(args) if isinstance(args, list) else sys.argv[1:]
+        self._asked = words[0] if words else ""
         super().__init__(
             save_config_callback=SaveRunConfig,
             parser_kwargs={"parser_mode": "omegaconf"},
@@ -46,6 +48,11 @@ class LitAlignCLI(LightningCLI):
             seed_everything_default=42,
             args=args,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the subcommand that is asked for: parsers of all of them take a while to build."""
+        every = LightningCLI.subcommands()
+        return {self._asked: every[self._asked]} if self._asked in every else every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the name of the run."""
