@@ -16,6 +16,7 @@ from lit_align.data.planner import RoundPlan, strata
 from lit_align.data.preference_records import append_record, pair_record
 from lit_align.data.prompts import PromptFile
 from lit_align.schedulers import StochasticDDIM
+from lit_align.shapes import ASSETS
 
 ROOT = Path(__file__).parent.parent
 OVERLAYS = sorted((ROOT / "configs" / "scale").glob("*.yaml"))
@@ -97,8 +98,14 @@ def few_prompts(path):
         "model.init_args.samples_per_prompt": "2",
         "model.init_args.minibatch_size": "4",
     }
-    if "rollout_batch_size" in path.read_text():
+    text = path.read_text()
+    if "rollout_batch_size" in text:
         small["model.init_args.rollout_batch_size"] = "4"
+    if "runs/offline/exported" in text:  # what other runs leave behind
+        small["model.init_args.policy.init_args.pretrained"] = "shapes-sd3"
+    if "runs/rlhf_reward_model/exported" in text:
+        shipped = str(ASSETS / "shapes-preference")
+        small["model.init_args.reward.init_args.pretrained"] = shipped
     return small
 
 
