@@ -80,7 +80,9 @@ class RewardRefresh:
         assert minibatch.batch is not None
         with torch.no_grad():
             images = quantize(module.policy.decode(minibatch.clean))
-        scores = self.reward.raw(images, minibatch.batch.prompts).unflatten(0, (-1, 2))
+        # By `forward`, which gathers the weights where they are sharded; as trained, so unscaled.
+        scores = self.reward(images, minibatch.batch.prompts) * self.reward.std
+        scores = scores.unflatten(0, (-1, 2))
         known = preferred.isfinite()
         losses = bradley_terry(scores[:, 0] - scores[:, 1], preferred.where(known, 0.5))
         return masked_mean(losses, known.float(), float(len(known)))

@@ -64,7 +64,9 @@ def shard(module: LightningModule, policy: DiffusionPolicy) -> None:
     for part in _parts(module, policy):
         if not isinstance(part, FSDPModule):
             _start_equal(part, strategy.root_device)
-            fully_shard(part, **options)
+            # FSDP2 takes no scalars; frozen ones, as CLIP's logit_scale, may stay whole.
+            scalars = {p for p in part.parameters() if p.ndim == 0 and not p.requires_grad}
+            fully_shard(part, ignored_params=scalars, **options)
     check_sharded(module)
 
 

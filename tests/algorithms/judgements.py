@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from lit_align.algorithms import DiffusionDPO
-from lit_align.rewards import ShapesVerifier
+from lit_align.rewards import CLIPTower, LearnedReward, ShapesVerifier
+from lit_align.rewards.shapes_clip import build_shapes_clip
 from lit_align.trajectory import PreferenceBatch
 from tests.conftest import tiny_policy
 
@@ -31,15 +32,23 @@ def judgements(count=4, places=2, lap=0, label=None, images=None):
 class Judgements:
     """A loader that yields the same judgements again and again."""
 
-    def __init__(self, laps=2, held_out=None, **options):
+    def __init__(self, laps=2, held_out=None, rank=0, world_size=1, **options):
         self.laps, self.held_out, self.options = laps, held_out, options
+        self.own = torch.arange(rank, 4, world_size)
 
     def __len__(self):
         return self.laps
 
     def __iter__(self):
         for lap in range(self.laps):
-            yield judgements(lap=lap, **self.options)
+            yield judgements(lap=lap, **self.options).select(self.own)
+
+
+def learned(head="cosine"):
+    """Return a small reward model with random weights."""
+    torch.manual_seed(1)
+    encoder = build_shapes_clip(width=8, layers=1)
+    return LearnedReward(CLIPTower(model=encoder.model, tokenizer=encoder.tokenizer), head)
 
 
 def make_dpo(family="sd", train="lora", method=DiffusionDPO, policy=None, **options):

@@ -7,20 +7,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_align.algorithms import OnlineDPO
-from lit_align.rewards import CLIPTower, Colorfulness, LearnedReward
-from lit_align.rewards.shapes_clip import build_shapes_clip
+from lit_align.rewards import Colorfulness
 from tests.algorithms.harness import Recorder, fit, make_method, weights
+from tests.algorithms.judgements import learned
 from tests.algorithms.test_d3po import Constant, Kept
 from tests.conftest import tiny_policy
 
 LOG2 = math.log(2)
-
-
-def learned():
-    """Return a small reward model with random weights."""
-    torch.manual_seed(1)
-    encoder = build_shapes_clip(width=8, layers=1)
-    return LearnedReward(CLIPTower(model=encoder.model, tokenizer=encoder.tokenizer), "cosine")
 
 
 def make(**options):

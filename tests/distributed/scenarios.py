@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lit_align.algorithms import Task
+from lit_align.algorithms import DiffusionDPO, FlowDPO, RewardModeling, Task
 from lit_align.algorithms.sharding import whole
 from lit_align.callbacks import CrossRewardCallback, NeuronResetCallback, SampleGallery
 from lit_align.data.windows import StepWindow
@@ -28,6 +28,7 @@ from tests.algorithms.harness import (
     prompt_loader,
     tiny_critic,
 )
+from tests.algorithms.judgements import Judgements, learned, make_dpo
 from tests.conftest import PRELOADED
 
 STRATEGIES = ("ddp", "fsdp2")
@@ -55,6 +56,8 @@ METHODS = {
     },
     "CRD": {"family": "sd", "train": "lora", "rollout_decay": (1, 0.3, 0.6)},
     "DGPO": {"family": "sd3", "train": "lora"},
+    "D3PO": {"family": "sd", "train": "lora"},
+    "OnlineDPO": {"family": "sd3", "train": "full", "ref_update": "ema", "lr_reward": 1e-3},
     "TPDM": {
         "family": "sd3", "train": "none", "num_inference_steps": 6, "kl_coef": 0.1,
         "shared_init_noise": True,
@@ -66,7 +69,7 @@ RUNS = [
     *(("ReFL", "ddp"), ("DRaFT", "fsdp2"), ("AlignProp", "ddp"), ("DRTune", "fsdp2")),
     *(("NablaGFlowNet", "fsdp2"), ("AdjointMatching", "ddp"), ("FlowGRPO", "fsdp2")),
     *(("DiffusionNFT", "fsdp2"), ("AWM", "ddp"), ("TPDM", "fsdp2")),
-    *(("CRD", "fsdp2"), ("DGPO", "ddp")),
+    *(("CRD", "fsdp2"), ("DGPO", "ddp"), ("D3PO", "ddp"), ("OnlineDPO", "fsdp2")),
 ]
 # Gradients of untrained models are tiny, and AdamW's epsilon would hide them.
 SCALE = {"loss_scale": 1e3}
@@ -80,14 +83,17 @@ SIZES = {
     "LargeScaleRL": {"minibatch_size": 8, "pretraining_batch_size": 4},
     **{name: {"minibatch_size": 4} for name in ("ReFL", "DRaFT", "AlignProp", "DRTune")},
     "NablaGFlowNet": {"minibatch_size": 8},
-    "AdjointMatching": {"minibatch_size": 12},
-    **{name: {"minibatch_size": 8} for name in ("DiffusionNFT", "AWM", "CRD", "DGPO", "TPDM")},
+    **{name: {"minibatch_size": 12} for name in ("AdjointMatching", "D3PO")},
+    **{
+        name: {"minibatch_size": 8}
+        for name in ("DiffusionNFT", "AWM", "CRD", "DGPO", "OnlineDPO", "TPDM")
+    },
 }
 # Updates to the middle of the first round, of 4 of TDPO's, 5 of LargeScaleRL's (there of the second
 # task), and 2 of the others.
 MIDDLE = {**dict.fromkeys(METHODS, 1), "TDPO": 2, "LargeScaleRL": 3}
 ONLINE = ("DDPO", "FlowGRPO", "TDPO", "LargeScaleRL", "NablaGFlowNet", "AdjointMatching",
-          "DiffusionNFT", "AWM", "CRD", "DGPO", "TPDM")  # fmt: skip
+          "DiffusionNFT", "AWM", "CRD", "DGPO", "D3PO", "OnlineDPO", "TPDM")  # fmt: skip
 RESET = 5  # updates
 TIMEOUT = 1800  # seconds, of a machine that does other work too
 
@@ -110,6 +116,8 @@ def make(method, rank=0, parts=1, **options):
     if method == "TDPO":
         torch.manual_seed(rank)  # the critics start different, and must be made equal
         options["critic"] = tiny_critic()
+    if method == "OnlineDPO":  # its reward model is trained too
+        options |= {"reward": learned("linear"), "annotator": Colorfulness()}
     if method == "LargeScaleRL":
         other = Task(Brightness(), prompts_per_round=2, samples_per_prompt=4)
         options["tasks"] = {"color": Task(Colorfulness()), "brightness": other}
@@ -181,6 +189,37 @@ def run(
     return trainer
 
 
+JUDGING = {
+    "DiffusionDPO": "ddp",
+    "FlowDPO": "fsdp2",
+    "RewardModeling": "ddp",
+}
+
+
+def judge(folder, name, method, strategy=None):
+    """Learn from judged images, and write `NAME-RANK.pt` with losses and weights."""
+    processes = 1 if strategy is None else 2
+    rank = int(os.environ["LOCAL_RANK"]) if processes > 1 else 0
+    loader = Judgements(laps=2, rank=rank, world_size=processes)
+    if method == "RewardModeling":
+        module = RewardModeling(learned(), lr=1e-3)
+        module.experience = lambda loader: loader
+    else:
+        # Errors of noise are nearly alike here, and their gradients small.
+        options = {"ref_update": "ema", "ref_update_steps": 1, "lr": 1e-3, "adam_epsilon": 1e-3}
+        chosen = FlowDPO if method == "FlowDPO" else DiffusionDPO
+        module = make_dpo("sd3" if chosen is FlowDPO else "sd", "full", chosen, **options)
+    recorder = Recorder()
+    trainer = make_trainer(
+        devices=processes,
+        strategy={None: "auto", "ddp": "ddp"}.get(strategy) or fsdp2(),
+        callbacks=[recorder],
+    )
+    trainer.fit(module, module.experience(loader))
+    weights = {n: whole(p.detach()) for n, p in module.named_parameters() if p.requires_grad}
+    torch.save({"logs": recorder.metrics, "weights": weights}, folder / f"{name}-{rank}.pt")
+
+
 def watch(folder, name, strategy=None):
     """Train with what a run of the command line has around it: loggers, validation, callbacks."""
     processes = 1 if strategy is None else 2
@@ -218,6 +257,8 @@ def references(folder):
     """What one process makes of it."""
     for method in METHODS:
         run(folder, f"{method}-one", method)
+    for method in JUDGING:
+        judge(folder, f"{method}-one", method)
     run(folder, "uneven-one", "TPDM", rounds=1, **UNEVEN)
     watch(folder, "watched-one")
 
@@ -228,6 +269,8 @@ def both(folder):
         name = f"{method}-{strategy}"
         run(folder, name, method, strategy)
         run(folder, f"{name}-resumed", method, strategy, resume=within_a_round(folder, method))
+    for method, strategy in JUDGING.items():
+        judge(folder, f"{method}-both", method, strategy)
     for strategy in STRATEGIES:
         run(folder, f"TDPO-{strategy}-accumulated", "TDPO", strategy, accumulate=2, rounds=1)
     run(folder, "uneven", "TPDM", "fsdp2", rounds=1, **UNEVEN)

@@ -11,6 +11,7 @@ from torch import nn
 from lit_align.algorithms.sharding import check_sharded
 from lit_align.data.prompts import PromptDataModule, PromptLoader
 from tests.distributed.scenarios import (
+    JUDGING,
     RESET,
     ROUNDS,
     RUNS,
@@ -86,6 +87,18 @@ def test_two_processes_log_what_one_logs(folder, name):
         logs = left_by(folder, name, rank)["logs"]
         assert len(logs) == len(expected)
         for row, wanted in zip(logs, expected, strict=True):
+            assert row == pytest.approx(wanted, abs=10 * ATOL, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", JUDGING)
+def test_two_processes_learn_from_judgements_as_one(folder, method):
+    expected = left_by(folder, f"{method}-one")
+    for rank in range(2):
+        found = left_by(folder, f"{method}-both", rank)
+        # AdamW's epsilon is no option of RewardModeling, and rounding is enlarged there.
+        atol = 5e-4 if method == "RewardModeling" else ATOL
+        assert_near(found["weights"], expected["weights"], atol)
+        for row, wanted in zip(found["logs"], expected["logs"], strict=True):
             assert row == pytest.approx(wanted, abs=10 * ATOL, rel=1e-3)
 
 
