@@ -204,7 +204,7 @@ class PreferenceModule(AlignmentModule, ABC):
         if self.objective.loss_type != "kto":
             return judged
         baseline = self.gathered(judged.log_ratio.detach()).mean().clamp(min=0)
-        return Judged(error, noised.labels, reference, baseline=baseline)
+        return Judged(error, noised.labels, reference, gap, shift, baseline)
 
     def _predict(self, noised: NoisedJudgements) -> Tensor:
         return self.policy.predict(

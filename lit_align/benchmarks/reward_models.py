@@ -67,7 +67,7 @@ class Recipe:
     tie_share: float = 0.0
     theta: float = 5.0
     freeze: float | str = "tower"
-    lr: float = 3e-3
+    lr: float = 1e-2
 
 
 RECIPES = {

@@ -207,6 +207,8 @@ def preference_diagnostics(judged: Judged, loss: PreferenceLoss) -> dict[str, Te
         return logs
     log_ratio = judged.log_ratio.detach()
     logs["train/ref_mse"] = judged.reference.mean()
+    if judged.shift is not None:
+        logs["train/ref_gap"] = judged.shift.detach().square().mean()
     if log_ratio.shape[1] != 2:
         return logs
     rewards = loss.implicit_reward(log_ratio)
