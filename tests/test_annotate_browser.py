@@ -19,7 +19,7 @@ from PIL import Image
 from lit_align.algorithms import RewardModeling
 from lit_align.data.preference_records import check_record
 from lit_align.data.preferences import PreferenceDataModule
-from lit_align.rewards import CLIPTower, LearnedReward
+from lit_align.rewards import CLIPRewardTower, LearnedReward
 from lit_align.rewards.shapes_clip import build_shapes_clip
 
 pytestmark = pytest.mark.browser
@@ -168,7 +168,7 @@ def test_the_best_and_the_worst_of_three_are_named_by_mouse(browser, served):
 def trained_on(path):
     """Fit a small reward model; return its measures of the judgements before and after."""
     encoder = build_shapes_clip(width=16, layers=1)
-    tower = CLIPTower(model=encoder.model, tokenizer=encoder.tokenizer)
+    tower = CLIPRewardTower(model=encoder.model, tokenizer=encoder.tokenizer)
     data = PreferenceDataModule(str(path), val=str(path), batch_size=10)
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False,
                "enable_progress_bar": False, "enable_model_summary": False}  # fmt: skip

@@ -10,12 +10,12 @@ from lit_align.rewards.parity import DistributionParity
 from lit_align.rewards.shapes_clip import ShapesCLIP
 from lit_align.rewards.shapes_color import ShapesColor
 from lit_align.rewards.shapes_verifier import ShapesVerifier
-from lit_align.rewards.towers import BLIPTower, CLIPTower, RewardTower
+from lit_align.rewards.towers import BLIPRewardTower, CLIPRewardTower, RewardTower
 from lit_align.rewards.weighted import WeightedReward
 
 __all__ = [
-    "BLIPTower",
-    "CLIPTower",
+    "BLIPRewardTower",
+    "CLIPRewardTower",
     "Colorfulness",
     "Composition",
     "DistributionParity",

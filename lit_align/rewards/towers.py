@@ -74,7 +74,7 @@ class RewardTower(nn.Module, ABC):
         """
         raise ValueError(
             f"{type(self).__name__} has no cosine of image and prompt; use the head 'linear' or "
-            "'mlp', or a CLIPTower."
+            "'mlp', or a CLIPRewardTower."
         )
 
     @abstractmethod
@@ -122,7 +122,7 @@ class RewardTower(nn.Module, ABC):
         }
 
 
-class CLIPTower(RewardTower):
+class CLIPRewardTower(RewardTower):
     """Two encoders; the features are image and text embedding and their product.
 
     Unit embeddings of width d are multiplied by sqrt(d), so that entries are about 1.
@@ -188,7 +188,7 @@ class CLIPTower(RewardTower):
         return [[first, *vision.encoder.layers], [text.embeddings, *text.encoder.layers]]
 
 
-class BLIPTower(RewardTower):
+class BLIPRewardTower(RewardTower):
     """A text encoder that attends to the image; the features are its first token's (ImageReward).
 
     Args:
@@ -236,7 +236,7 @@ class BLIPTower(RewardTower):
         ]
 
 
-def shapes_tower(pretrained: str | None = "shapes-clip", width: int = 64) -> CLIPTower:
+def shapes_tower(pretrained: str | None = "shapes-clip", width: int = 64) -> CLIPRewardTower:
     """Return the tower of the shapes world.
 
     Args:
@@ -246,7 +246,7 @@ def shapes_tower(pretrained: str | None = "shapes-clip", width: int = 64) -> CLI
     """
     folder = None if pretrained == "shapes-clip" else pretrained
     encoder = build_shapes_clip(width) if pretrained is None else ShapesCLIP(folder)
-    return CLIPTower(
+    return CLIPRewardTower(
         model=encoder.model, tokenizer=encoder.tokenizer, mean=[0.5] * 3, std=[0.5] * 3
     )
 
@@ -265,9 +265,9 @@ def _given(kind: Any, pretrained: str | None, model: Any, tokenizer: Any) -> tup
 
 # Class of the tower, and what makes its network of a configuration.
 _KINDS: dict[str, tuple[Callable[..., RewardTower], Callable[[dict[str, Any]], Any]]] = {
-    "CLIPTower": (CLIPTower, lambda config: CLIPModel(CLIPConfig.from_dict(config))),
-    "BLIPTower": (
-        BLIPTower,
+    "CLIPRewardTower": (CLIPRewardTower, lambda config: CLIPModel(CLIPConfig.from_dict(config))),
+    "BLIPRewardTower": (
+        BLIPRewardTower,
         lambda config: BlipForImageTextRetrieval(BlipConfig.from_dict(config)),
     ),
 }

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lit_align.algorithms import DiffusionDPO
-from lit_align.rewards import CLIPTower, LearnedReward, ShapesVerifier
+from lit_align.rewards import CLIPRewardTower, LearnedReward, ShapesVerifier
 from lit_align.rewards.shapes_clip import build_shapes_clip
 from lit_align.trajectory import PreferenceBatch
 from tests.conftest import tiny_policy
@@ -48,7 +48,7 @@ def learned(head="cosine"):
     """Return a small reward model with random weights."""
     torch.manual_seed(1)
     encoder = build_shapes_clip(width=8, layers=1)
-    return LearnedReward(CLIPTower(model=encoder.model, tokenizer=encoder.tokenizer), head)
+    return LearnedReward(CLIPRewardTower(model=encoder.model, tokenizer=encoder.tokenizer), head)
 
 
 def make_dpo(family="sd", train="lora", method=DiffusionDPO, policy=None, **options):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lit_align.algorithms import RewardModeling
 from lit_align.callbacks import RNGStateCallback
 from lit_align.checkpoint_io import read_checkpoint
-from lit_align.rewards import CLIPTower, Colorfulness, LearnedReward
+from lit_align.rewards import CLIPRewardTower, Colorfulness, LearnedReward
 from lit_align.rewards.shapes_clip import build_shapes_clip
 from lit_align.trajectory import PreferenceBatch
 
@@ -47,7 +47,7 @@ def tied(batch, places=slice(0, 2)):
 def make(head="linear", **options):
     torch.manual_seed(0)
     encoder = build_shapes_clip(width=8, layers=1)
-    tower = CLIPTower(model=encoder.model, tokenizer=encoder.tokenizer)
+    tower = CLIPRewardTower(model=encoder.model, tokenizer=encoder.tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a module passed as argument, which is meant
         return RewardModeling(LearnedReward(tower, head), **{"lr": 3e-3, **options})

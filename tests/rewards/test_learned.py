@@ -14,7 +14,13 @@ from transformers import (
 )
 
 from lit_align.data.image_text import ShapesPairs
-from lit_align.rewards import BLIPTower, CLIPTower, LearnedReward, ShapesCLIP, ShapesPreference
+from lit_align.rewards import (
+    BLIPRewardTower,
+    CLIPRewardTower,
+    LearnedReward,
+    ShapesCLIP,
+    ShapesPreference,
+)
 from lit_align.rewards.base import checked_scores
 from lit_align.rewards.shapes_clip import build_shapes_clip
 from lit_align.rewards.towers import shapes_tower, tower_from
@@ -30,7 +36,7 @@ def images(count=3, size=32):
 def tiny_clip_tower():
     torch.manual_seed(0)
     encoder = build_shapes_clip(width=8, layers=2)
-    return CLIPTower(model=encoder.model, tokenizer=encoder.tokenizer)
+    return CLIPRewardTower(model=encoder.model, tokenizer=encoder.tokenizer)
 
 
 def tiny_blip_tower():
@@ -43,7 +49,9 @@ def tiny_blip_tower():
     text = {**small, **ids, "vocab_size": len(words), "encoder_hidden_size": 16}
     vision = {**small, "image_size": 16, "patch_size": 8}
     config = BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=8)
-    return BLIPTower(model=BlipForImageTextRetrieval(config), tokenizer=tokenizer, max_tokens=6)
+    return BLIPRewardTower(
+        model=BlipForImageTextRetrieval(config), tokenizer=tokenizer, max_tokens=6
+    )
 
 
 TOWERS = {"clip": tiny_clip_tower, "blip": tiny_blip_tower}
@@ -100,7 +108,7 @@ def test_an_image_that_cannot_be_scored_is_nan():
 def test_the_cosine_head_is_the_scaled_cosine_of_the_dual_encoder():
     encoder = build_shapes_clip(width=8, layers=1)
     half = [0.5] * 3
-    tower = CLIPTower(model=encoder.model, tokenizer=encoder.tokenizer, mean=half, std=half)
+    tower = CLIPRewardTower(model=encoder.model, tokenizer=encoder.tokenizer, mean=half, std=half)
     expected = encoder.logit_scale.exp() * encoder(images(), PROMPTS)
     scores = LearnedReward(tower)(images(), PROMPTS)
     torch.testing.assert_close(scores, expected, atol=ATOL, rtol=0)
@@ -237,7 +245,9 @@ def test_a_tower_is_described_in_plain_values():
     ids, mask = rebuilt.tokens(["a red circle", "small"])
     assert ids.tolist() == [[2, 5, 6, 7, 3, 0], [2, 9, 3, 0, 0, 0]]
     assert mask.sum().item() == 8
-    with pytest.raises(ValueError, match=r"There is no tower 'VGG'; known are CLIPTower, BLIP"):
+    with pytest.raises(
+        ValueError, match=r"There is no tower 'VGG'; known are CLIPRewardTower, BLIP"
+    ):
         tower_from({"kind": "VGG"})
 
 
@@ -256,10 +266,10 @@ def test_errors_name_the_remedy(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"holds no learned reward; give a checkpoint of Reward"):
         LearnedReward(pretrained=str(tmp_path / "other.ckpt"))
-    with pytest.raises(ValueError, match=r"BLIPTower has no cosine of image and prompt; use"):
+    with pytest.raises(ValueError, match=r"BLIPRewardTower has no cosine of image and prompt; use"):
         LearnedReward(tiny_blip_tower(), "cosine")(images(), PROMPTS)
     make("clip", "linear").save_pretrained(tmp_path / "it")
     with pytest.raises(ValueError, match=r"Give either `pretrained`, or `tower` and `head`"):
         LearnedReward(tiny_clip_tower(), pretrained=str(tmp_path / "it"))
     with pytest.raises(ValueError, match=r"Give a tower either `pretrained` or `model`"):
-        CLIPTower()
+        CLIPRewardTower()
