@@ -182,9 +182,15 @@ class OnlineDPO(ForwardProcessModule):
         reward_loss = self.refresh.loss(self, minibatch, preferred)
         return loss + reward_loss, {**logs, "train/reward_loss": reward_loss.detach()}
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The reward model, in a round without labels."""
+        unlabelled = self.refresh is not None and not self._round_logs.get("rollout/labels")
+        return ("reward_model.",) if unlabelled else ()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Leave the reward model alone in a round without labels; see the base class."""
-        if self.refresh is not None and not self._round_logs["rollout/labels"]:
+        """Leave alone what is idle; see the base class."""
+        if self.idle:
             for parameter in self.reward_model.parameters():
                 parameter.grad = None  # of zeros, by which AdamW would still move
         super().on_before_optimizer_step(optimizer)

@@ -70,6 +70,11 @@ class RoundModule(AlignmentModule, ABC):
     def count_calls(self, minibatch: Any) -> None:
         """Count what every minibatch costs; here `loss` counts."""
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """How the names of trained tensors begin that the round leaves alone; here none."""
+        return ()
+
     def note(self, name: str, value: float) -> None:
         """Have a value of the round logged at each of its steps."""
         self._round_logs[name] = value

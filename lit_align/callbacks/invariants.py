@@ -87,7 +87,8 @@ class InvariantsCallback(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             _check_finite(parameters, trainer.global_step)
         if self._moved and not self._modules_checked:
-            _check_modules(parameters, _idle_by_design(pl_module), trainer.global_step)
+            idle = _idle_by_design(pl_module) + getattr(pl_module, "idle", ())
+            _check_modules(parameters, idle, trainer.global_step)
             self._modules_checked = True
         # LoRA's first factor has no gradient until the second has moved.
         self._moved = self._moved or any(group["lr"] > 0 for group in optimizer.param_groups)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_align.algorithms import OnlineDPO
+from lit_align.callbacks import InvariantsCallback
 from lit_align.rewards import Colorfulness
 from tests.algorithms.harness import Recorder, fit, make_method, weights
 from tests.algorithms.judgements import learned
@@ -102,6 +103,13 @@ def test_the_reward_model_learns_in_labelled_rounds_only():
     assert [row["rollout/labels"] for row in recorder.metrics] == [0, 0, 4, 4, 0, 0]
     assert recorder.metrics[0]["train/reward_loss"] == 0
     assert recorder.metrics[2]["train/reward_loss"] > 0
+
+
+def test_an_idle_reward_model_is_no_broken_one():
+    module = refreshed(label_rounds=2)
+    fit(module, callbacks=[InvariantsCallback()], max_epochs=2)
+    assert module.idle == ()
+    assert refreshed().idle == ("reward_model.",)  # nothing is labelled yet
 
 
 def test_labels_follow_the_annotator():
