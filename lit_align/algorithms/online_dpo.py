@@ -12,12 +12,10 @@ its own (arXiv:2502.10248, section 4.4; arXiv:2412.14167):
     each `label_rounds`-th round an annotator labels the pairs, p(w over l), and the reward model
         learns them beside:  L += -p log sigmoid(r_w - r_l) - (1 - p) log sigmoid(r_l - r_w)
 
-The last line keeps the reward model honest where the policy goes: what it overrates is just what is
-sampled, labelled, and unlearned.
+So what the reward model overrates is just what is sampled, labelled and unlearned.
 
 Deviations:
-    1. The reward model is refreshed in the same optimiser, which for AdamW equals one of its own;
-       Step-Video-T2V tells no recipe.
+    1. One AdamW trains both, which equals two of them; Step-Video-T2V tells no recipe.
     2. The times are the sampler's, as samples of few steps know no others.
 """
 
