@@ -204,14 +204,16 @@ def _draw_curves(
     for group in groups:
         colour = palette[group.label]
         gains = group.along(lambda run: run.gain(target))
-        _line(gain, group.along(lambda run: run.series("reward_queries")), gains, colour)
+        _line(gain, group.along(Run.effort), gains, colour)
         for name, style in styles.items():
             if any(name in run.held_out for run in group.runs):
                 _line(held_out, gains, group.along(partial(Run.gain, reward=name)), colour, style)
         _line(diversity, gains, group.along(Run.diversity), colour)
         _line(fid, gains, group.along(lambda run: run.series("val/fid")), colour)
     own = f"gain of {target} (base std)"
-    _finish(gain, f"Trained on {target}", "reward queries", own, 0)
+    offline = any(run.rows[-1]["reward_queries"] == 0 for group in groups for run in group.runs)
+    across = "reward queries" + ", or judgements" * offline
+    _finish(gain, f"Trained on {target}", across, own, 0)
     _finish(held_out, "Held-out rewards", own, "gain of a held-out reward (base std)", 0)
     _finish(diversity, "Diversity", own, "diversity / base", 1)
     _finish(fid, "Distance from the base model", own, "FID to the base model", 0)

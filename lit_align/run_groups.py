@@ -63,6 +63,11 @@ class Run:
         """Return a column [T] over the validations, NaN where it was not measured."""
         return np.array([row.get(column, math.nan) for row in self.rows])
 
+    def effort(self) -> np.ndarray:
+        """Return the reward queries [T], or the judgements of a method that asks no reward."""
+        asks = self.rows[-1].get("reward_queries") or "judgements" not in self.rows[-1]
+        return self.series("reward_queries" if asks else "judgements")
+
     def gain(self, reward: str) -> np.ndarray:
         """Return a reward's gains [T] over the base, in its standard deviations."""
         means = self.series(f"val/reward/{reward}")
@@ -98,12 +103,11 @@ class Group:
         return self.runs[0].target
 
     def along(self, values: Callable[[Run], np.ndarray]) -> np.ndarray:
-        """Return values [S, T] of its S runs at common reward queries, cut to the shortest run."""
-        shortest = min(self.runs, key=lambda run: run.rows[-1]["reward_queries"])
-        common = shortest.series("reward_queries")
+        """Return values [S, T] of its S runs at common efforts, cut to the shortest run."""
+        common = min((run.effort() for run in self.runs), key=lambda effort: float(effort[-1]))
         found = []
         for run in self.runs:
-            queries, series = run.series("reward_queries"), values(run)
+            queries, series = run.effort(), values(run)
             same = np.array_equal(queries[: len(common)], common)
             found.append(series[: len(common)] if same else np.interp(common, queries, series))
         return np.stack(found)
