@@ -248,7 +248,7 @@ class PreferenceModule(AlignmentModule, ABC):
         class for the rest.
         """
         super().on_validation_epoch_end()
-        if self.held_out is None or not self.objective.kind.needs_reference:
+        if self.held_out is None:
             return
         for batch in self.held_out:
             if batch.labels.shape[1] != 2:

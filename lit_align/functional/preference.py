@@ -84,6 +84,11 @@ class Judged:
         return self.reference - self.error
 
     @property
+    def ease(self) -> Tensor:
+        """What implicit rewards are of [B, K]: h, or -e for a loss without a reference."""
+        return -self.error if self.reference is None else self.log_ratio
+
+    @property
     def gain(self) -> Tensor:
         """The gain ``m = h_w - h_l`` [B] of pairs."""
         return self.log_ratio[:, 0] - self.log_ratio[:, 1]
@@ -203,6 +208,11 @@ def preference_diagnostics(judged: Judged, loss: PreferenceLoss) -> dict[str, Te
     `train/err_w_minus_ref` above 0 says that the preferred images have become less likely too.
     """
     logs = {"train/model_mse": judged.error.detach().mean()}
+    rewards = loss.implicit_reward(judged.ease.detach())
+    if rewards.shape[1] == 2:
+        margin = rewards[:, 0] - rewards[:, 1]
+        logs["train/implicit_acc"] = ((margin > 0) + 0.5 * (margin == 0)).mean()
+        logs["train/margin"] = margin.mean()
     if judged.reference is None:
         return logs
     log_ratio = judged.log_ratio.detach()
@@ -211,11 +221,7 @@ def preference_diagnostics(judged: Judged, loss: PreferenceLoss) -> dict[str, Te
         logs["train/ref_gap"] = judged.shift.detach().square().mean()
     if log_ratio.shape[1] != 2:
         return logs
-    rewards = loss.implicit_reward(log_ratio)
-    margin = rewards[:, 0] - rewards[:, 1]
     return logs | {
-        "train/implicit_acc": ((margin > 0) + 0.5 * (margin == 0)).mean(),
-        "train/margin": margin.mean(),
         "train/implicit_reward_w": rewards[:, 0].mean(),
         "train/implicit_reward_l": rewards[:, 1].mean(),
         "train/err_w_minus_ref": -log_ratio[:, 0].mean(),

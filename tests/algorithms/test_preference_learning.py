@@ -239,8 +239,10 @@ def test_pairs_are_learned():
     assert last["train/err_w_minus_ref"] < 0
 
 
-def test_held_out_pairs_are_measured():
-    module = make_dpo("sd3", "full")
+@pytest.mark.parametrize("loss_type", ["sigmoid", "mapo"])
+def test_held_out_pairs_are_measured(loss_type):
+    """Without a reference by the errors themselves."""
+    module = make_dpo("sd3", "full", loss_type=loss_type)
     loader = Judgements(laps=2, held_out=Judgements(laps=2))
     prompts = PromptLoader([("a red circle", None)] * 2, 2)
     trainer = Trainer(

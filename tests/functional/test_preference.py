@@ -362,8 +362,10 @@ def test_diagnostics():
     assert float(logs["train/err_w_minus_ref"]) == pytest.approx(0.1)
     assert float(logs["train/err_l_minus_ref"]) == pytest.approx(0.1)
     assert float(logs["train/margin"]) == pytest.approx(0.0, abs=1e-6)
-    none = Judged(torch.zeros(1, 2), HARD)
-    assert list(preference_diagnostics(none, PreferenceLoss("cpo"))) == ["train/model_mse"]
+    none = Judged(torch.tensor([[0.1, 0.3]]), HARD)
+    logs = preference_diagnostics(none, PreferenceLoss("cpo", beta=2.0))
+    assert float(logs["train/margin"]) == pytest.approx(0.2)
+    assert set(logs) == {"train/model_mse", "train/implicit_acc", "train/margin"}
 
 
 NAN = math.nan
