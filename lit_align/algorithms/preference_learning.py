@@ -257,9 +257,10 @@ class PreferenceModule(AlignmentModule, ABC):
                 noised = self._noised(batch.to(self.device), "heldout")
                 judged = self.judge(noised)
             levels = noised.grouped(self.policy.scheduler.noise_levels(noised.timesteps))[:, 0]
-            self.implicit_accuracy.update(
-                self.objective.margin(judged), levels, noised.labels[:, 0]
-            )
+            margin = -self.objective.implicit_reward(judged.ease).diff(dim=1)[:, 0]
+            counted = batch.weights.to(self.device) > 0  # 0 fills up a process's share
+            values = (margin, levels, noised.labels[:, 0])
+            self.implicit_accuracy.update(*(value[counted] for value in values))
         self.log_dict({f"val/{k}": v for k, v in self.implicit_accuracy.compute().items()})
         self.implicit_accuracy.reset()
 
