@@ -65,6 +65,7 @@ def test_configuration_for_the_shapes_world_trains_on_one_batch(path):
         small |= few_judgements(run["data"]["init_args"])
     else:
         small |= few_prompts(path)
+    small |= left_by_other_runs(path.read_text())
     main(
         ["fit", "--config", str(path), *(word for k, v in small.items() for word in (f"--{k}", v))]
     )
@@ -98,15 +99,19 @@ def few_prompts(path):
         "model.init_args.samples_per_prompt": "2",
         "model.init_args.minibatch_size": "4",
     }
-    text = path.read_text()
-    if "rollout_batch_size" in text:
+    if "rollout_batch_size" in path.read_text():
         small["model.init_args.rollout_batch_size"] = "4"
-    if "runs/offline/exported" in text:  # what other runs leave behind
-        small["model.init_args.policy.init_args.pretrained"] = "shapes-sd3"
-    if "runs/rlhf_reward_model/exported" in text:
-        shipped = str(ASSETS / "shapes-preference")
-        small["model.init_args.reward.init_args.pretrained"] = shipped
     return small
+
+
+def left_by_other_runs(text):
+    """Return what stands in for the models that other runs leave behind."""
+    found = {}
+    if "pretrained: runs/offline/exported" in text:
+        found["model.init_args.policy.init_args.pretrained"] = "shapes-sd3"
+    if "pretrained: runs/rlhf_reward_model/exported" in text:
+        found["model.init_args.reward.init_args.pretrained"] = str(ASSETS / "shapes-preference")
+    return found
 
 
 def parsed(path, capsys, known={}):  # noqa: B006 - parsing takes seconds: once per file

@@ -80,7 +80,7 @@ def test_means_of_groups():
 
 
 def test_decays_of_the_paper():
-    old, rollout = make(train="lora")._schedules.values()
+    (_, *old), (_, *rollout) = make(train="lora")._schedules.values()
     steps = (0, 50, 75, 100, 149, 150, 10_000)
     expected = [min(0.25 + 0.005 * n, 0.999) for n in steps]
     assert [ramp(n, *old) for n in steps] == pytest.approx(expected, abs=1e-12)
