@@ -196,3 +196,29 @@ def test_committed_results_show_over_optimisation_and_its_absence():
     assert [stopped["colorfulness_shapes-sd", s] for s in range(3)] == [2240, 1600, 1920]
     others = [at for (run, _), at in stopped.items() if run.startswith("verifier")]
     assert others == [None] * 6
+
+
+def ends(method, run, column):
+    """Return a column of the base and of the last validation, of each seed of a committed run."""
+    seeds = read_results(ROOT / "configs" / method / "results", run, [0, 1, 2])
+    assert len(seeds) == 3
+    return [(rows[0][column], rows[-1][column]) for rows in seeds]
+
+
+def test_claims_about_preferences_follow_from_the_committed_results():
+    truth = "val/reward/ShapesVerifier"
+    for run in ("shapes-sd", "shapes-sd3"):
+        rates = ends("diffusion_dpo", run, "val/win_rate/ShapesVerifier")
+        assert min(end for _, end in rates) > 0.6
+    for base, end in ends("rlhf", "beta0", truth):  # over-optimisation
+        assert end < base
+    for base, end in ends("rlhf", "beta0", "val/reward/LearnedReward"):
+        assert end > base
+    for run in ("beta01", "dpo"):
+        assert all(end > base for base, end in ends("rlhf", run, truth))
+    for run in ("fixed", "refreshed"):
+        assert all(end > base + 0.015 for base, end in ends("online_dpo", run, truth))
+    plain = ends("preference_losses", "sigmoid", truth)
+    for run in ("dmpo", "hinge", "robust"):
+        pairs = zip(ends("preference_losses", run, truth), plain, strict=True)
+        assert all(better > worse for (_, better), (_, worse) in pairs)
