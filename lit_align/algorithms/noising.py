@@ -137,19 +137,9 @@ def error_weights(
     Args:
         scheduler: Of the family.
         timesteps: [N], any that `corrupt` takes.
-        space: See above.
+        space: See above; `check_weighting` refuses what cannot be.
         schedule: See above.
-
-    Raises:
-        ValueError: If a word is unknown, or "elbo" is asked for in another space than that of the
-            noise.
     """
-    check_choice("error_space", space, ErrorSpace)
-    check_choice("beta_schedule", schedule, BetaSchedule)
-    if schedule == "elbo" and space != "eps":
-        raise ValueError(
-            "`beta_schedule: elbo` weighs errors of the noise: set `error_space: eps`."
-        )
     weights = _ones(timesteps)
     if space != "native":
         unit, nothing = _flat(weights), _flat(torch.zeros_like(weights))

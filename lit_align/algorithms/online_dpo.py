@@ -108,12 +108,10 @@ class OnlineDPO(ForwardProcessModule):
         self.objective = PreferenceLoss(loss_type, beta, nll_coef=nll_coef)
         self.objective.check_labels(torch.tensor([[1.0, 0.0]]))
         self.gap_min = gap_min
-        if not self.objective.kind.needs_reference:
-            ref_update = "none"
-        elif ref_update == "none":
+        if self.objective.kind.needs_reference and ref_update == "none":
             self.needs_reference = True
             policy.keep_reference()
-        else:
+        elif self.objective.kind.needs_reference:
             decay = 0.0 if ref_update == "hard" else 1 - ref_alpha
             self.keep_snapshot(-1, decay, decay, every=ref_update_rounds)
         self.lr_reward, self.label_rounds = lr_reward, label_rounds

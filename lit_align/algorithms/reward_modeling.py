@@ -22,7 +22,7 @@ Deviations from the papers' code:
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_align.algorithms.checkpoint import describe
+from lit_align.algorithms.choices import check_choice
 from lit_align.functional import reward_modeling as F
 from lit_align.functional.noise import sample_keys
 from lit_align.metrics.moments import RewardMoments
@@ -76,8 +77,7 @@ class RewardModeling(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        if loss_type not in (known := get_args(LossType)):
-            raise ValueError(f"`loss_type` must be one of {known}, got {loss_type!r}.")
+        check_choice("loss_type", loss_type, LossType)
         if theta <= 1 or margin < 0:
             raise ValueError(f"`theta` must be above 1, `margin` from 0, got {theta}, {margin}.")
         if not callable(set_trainable := getattr(reward, "set_trainable", None)):

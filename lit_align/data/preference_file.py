@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_align.data.preference_formats import FORMATS, check_choice
+from lit_align.data.preference_formats import FORMATS
 from lit_align.data.preference_media import media_size
 from lit_align.data.preference_records import AXES
 from lit_align.data.preference_rows import Row
+from lit_align.functional.choices import check_choice
 
 UNITS = ("pairs", "rankings", "ratings")
 _TOLD = 5

@@ -13,7 +13,7 @@ kto          .csv of Diffusion-KTO (arXiv:2404.04465): `label` exclusive_win or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,13 +196,3 @@ FORMATS = {
     ),
     "kto": Format((".csv",), _kto, ("file_path", "caption", "label")),
 }
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """See that an option has one of its values.
-
-    Raises:
-        ValueError: If not.
-    """
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lit_align.data.preference_file import Numbers, PreferenceFile
-from lit_align.data.preference_formats import check_choice
+from lit_align.data.preference_file import UNITS, Numbers, PreferenceFile
 from lit_align.data.preference_latents import LatentFile
 from lit_align.data.preference_loader import DecodedPreferences, PreferenceLoader
+from lit_align.functional.choices import check_choice
 
 __all__ = ["PreferenceDataModule", "PreferenceFile", "PreferenceLoader"]
 
@@ -104,7 +104,7 @@ class PreferenceDataModule(LightningDataModule):
             raise ValueError("Set `val` or `val_fraction`, not both.")
         if cache_latents and num_frames > 1:
             raise ValueError("`cache_latents` keeps images, not videos; set `num_frames: 1`.")
-        check_choice("unit", unit, ("pairs", "rankings", "ratings"))
+        check_choice("unit", unit, UNITS)
         self.train, self.val, self.val_fraction = train, val, val_fraction
         self.opening: dict[str, Any] = {
             "format": format, "unit": unit, "axis": axis, "ties": ties, "aggregate": aggregate,

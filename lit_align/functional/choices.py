@@ -11,11 +11,12 @@ def check_choice(name: str, value: str, choices: Any) -> None:
     Args:
         name: Of the option.
         value: What was given.
-        choices: The words, as a `Literal`.
+        choices: The words, as a `Literal` or one by one.
 
     Raises:
         ValueError: If it is none of them.
     """
-    if value not in get_args(choices):
-        words = ", ".join(map(repr, get_args(choices)))
-        raise ValueError(f"`{name}` must be one of {words}, got {value!r}.")
+    words = get_args(choices) or tuple(choices)
+    if value not in words:
+        told = ", ".join(map(repr, words))
+        raise ValueError(f"`{name}` must be one of {told}, got {value!r}.")

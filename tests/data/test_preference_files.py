@@ -393,7 +393,9 @@ def test_what_does_not_exist_is_told(folder, monkeypatch):
     path = write(folder, PAIRS[:1])
     with pytest.raises(ValueError, match=r"holds no judgement.*asked for \(it has: 1 axis overall"):
         PreferenceFile(path, axis="safety")
-    with pytest.raises(ValueError, match="`unit` must be one of pairs, rankings, ratings, got 'p'"):
+    with pytest.raises(
+        ValueError, match="`unit` must be one of 'pairs', 'rankings', 'ratings', got 'p'"
+    ):
         PreferenceFile(path, unit="p")
     path = write_parquet(folder / "a.parquet", [pickapic_row(0)])
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)

@@ -303,7 +303,7 @@ def test_options_that_cannot_work_are_refused(path, tmp_path):
         ({"val_fraction": 1.0}, r"`val_fraction` must lie in \[0, 1\), got 1.0"),
         ({"val": path, "val_fraction": 0.1}, "Set `val` or `val_fraction`, not both"),
         ({"cache_latents": "x", "num_frames": 2}, "set `num_frames: 1`"),
-        ({"unit": "triples"}, "`unit` must be one of pairs"),
+        ({"unit": "triples"}, "`unit` must be one of 'pairs'"),
     ):
         with pytest.raises(ValueError, match=told):
             PreferenceDataModule(path, **options)
