@@ -1,7 +1,6 @@
 """Reward models: learn a score of image and prompt from comparisons.
 
-With delta = r(c, x_1) - r(c, x_2), x_1 preferred with probability p >= 1/2, w the judgement's
-weight:
+With delta = r(c, x_1) - r(c, x_2), P(x_1 preferred) = p >= 1/2, and w the judgement's weight:
 
     bt        -log sigmoid(delta)                     arXiv:2203.02155, ImageReward (2304.05977)
     soft      -p log sigmoid(delta) - (1 - p) log sigmoid(-delta)       PickScore (2305.01569)
@@ -16,7 +15,6 @@ Deviations from the papers' code:
    also by those without a label.
 2. Cosine decay after the warm-up for all; PickScore and VideoAlign stay constant.
 3. ImageReward freezes up to the first tensor of the first trained layer, here up to that layer.
-4. PickScore takes log 2 off the loss of a tie, which changes no gradient.
 """
 
 from __future__ import annotations
@@ -153,6 +151,9 @@ class RewardModeling(LightningModule):
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Collect scores; the loss leaves out ties that it says nothing about."""
+        batch = batch.select((batch.weights > 0).nonzero()[:, 0])  # 0 fills a process's share
+        if not len(batch):
+            return
         scores = self.score(batch)
         judged = F.judged_pairs(scores, batch.labels)
         self.accuracy.update(*judged)
@@ -192,8 +193,7 @@ class RewardModeling(LightningModule):
         identity = {"method": type(self).__name__}
         checkpoint["lit_align"] = {**describe(identity), "reward": self.reward.options()}
         given = checkpoint.get("hyper_parameters", {}).items()
-        plain = {name: value for name, value in given if not isinstance(value, nn.Module)}
-        checkpoint["hyper_parameters"] = plain
+        checkpoint["hyper_parameters"] = {n: v for n, v in given if not isinstance(v, nn.Module)}
 
     def save_pretrained(self, path: str, dtype: torch.dtype | None = None) -> None:
         """Write the reward's folder."""

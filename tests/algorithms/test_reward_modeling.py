@@ -215,6 +215,20 @@ def test_options_out_of_range_are_named():
         make().score(single)
 
 
+def test_what_fills_up_a_share_of_held_out_judgements_is_not_measured():
+    """A process that has one less repeats its last with weight 0."""
+    batch = judgements(4)
+    wrong = batch.replace(labels=batch.labels.flip(1)).select(torch.tensor([0, 1]))
+    filled = PreferenceBatch.concatenate([batch, wrong.replace(weights=torch.zeros(2))])
+    seen = []
+    for val in (batch, filled):
+        module = make("cosine", lr=0.0)
+        trainer = fit(module, batch, val)
+        seen.append({k: float(v) for k, v in trainer.callback_metrics.items() if "val/" in k})
+        seen[-1]["std"] = float(module.reward.std)
+    assert seen[0] == pytest.approx(seen[1], abs=1e-6)
+
+
 class Halves(DataLoader):
     """Deals every other judgement of each batch to a process."""
 
