@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lit_align"
 
-FLOOR_0 = {"trajectory", "functional", "shapes"}
+FLOOR_0 = {"trajectory", "functional", "shapes", "hub"}
 FLOOR_1 = {"schedulers", "rewards", "metrics", "data"}
 ABOVE = {"cli", "comparison", "run_folder", "checkpoint_io", "run_groups", "verbs", "benchmarks",
          # Floor 5: everything.
@@ -23,6 +23,7 @@ INSIDE = {
     "trajectory": set(),
     "functional": {"trajectory"},
     "shapes": set(),
+    "hub": set(),
     **{folder: FLOOR_0 for folder in FLOOR_1},
     "policies": FLOOR_0 | {"schedulers"},
     "algorithms": FLOOR_0 | BASES | {"metrics"},
@@ -34,8 +35,9 @@ OUTSIDE = {
     "trajectory": {"torch"},
     "functional": {"torch", "numpy"},
     "shapes": {"torch", "numpy", "PIL"},
+    "hub": {"huggingface_hub"},
     "schedulers": {"torch", "diffusers"},
-    "rewards": {"torch", "transformers", "open_clip", "PIL", "safetensors"},
+    "rewards": {"torch", "transformers", "open_clip", "PIL", "safetensors", "httpx"},
     "metrics": {"torch", "torchmetrics"},
     "data": {"torch", "numpy", "PIL", "lightning"},
     "policies": {"torch", "diffusers", "transformers", "peft", "open_clip", "safetensors"},
@@ -65,7 +67,8 @@ def violations(root):
 
 THIRD_PARTY = {"torch", "numpy", "PIL", "diffusers", "transformers", "open_clip", "torchmetrics",
                "lightning", "peft", "matplotlib", "tqdm", "torchvision", "jsonargparse",
-               "omegaconf", "tensorboard", "tokenizers", "safetensors"}  # fmt: skip
+               "omegaconf", "tensorboard", "tokenizers", "safetensors", "huggingface_hub",
+               "httpx", "fastapi", "uvicorn"}  # fmt: skip
 
 
 def imported(path):

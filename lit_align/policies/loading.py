@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from lit_align.hub import CheckpointError, opening
 from lit_align.shapes import ASSETS
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -50,12 +51,12 @@ def pipeline_name(pretrained: str) -> str:
 
 def _index(pretrained: str) -> dict[str, Any]:
     try:
-        index: dict[str, Any] = DiffusionPipeline.load_config(resolve(pretrained))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"There is no pipeline {pretrained!r}: it is not shipped "
-            f"({', '.join(shipped_pipelines())}), no folder with a model_index.json, and could not "
-            f"be fetched as a hub id ({type(error).__name__}: {str(error).splitlines()[0]})."
+        with opening(resolve(pretrained), "model_index.json"):
+            index: dict[str, Any] = DiffusionPipeline.load_config(resolve(pretrained))
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(
+            f"There is no pipeline {pretrained!r}, which is not shipped "
+            f"({', '.join(shipped_pipelines())}). {error}"
         ) from error
     return index
 
@@ -122,7 +123,8 @@ def load_pipeline(pretrained: str, expected: Any) -> Any:
         for name, value in index.items()
         if name == "safety_checker" or (isinstance(value, list | tuple) and value[0] is None)
     }
-    pipeline = expected.from_pretrained(resolve(pretrained), **absent)
+    with opening(resolve(pretrained), "the weights"):
+        pipeline = expected.from_pretrained(resolve(pretrained), **absent)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

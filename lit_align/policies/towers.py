@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_align.functional.pixels import CLIP_MEAN, CLIP_STD, centre_square, normalise
 from lit_align.policies.loading import Dtype, torch_dtype
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageTower(nn.Module, ABC):
@@ -33,8 +31,7 @@ class ImageTower(nn.Module, ABC):
 
     def __init__(self, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.mean, self.std = tuple(mean), tuple(std)
 
     @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
@@ -45,29 +42,16 @@ class ImageTower(nn.Module, ABC):
 
         The short side is scaled to `image_size`, the long one cropped in the centre, as in CLIP.
         """
-        pixels = (self._crop(images.float()) - self.mean) / self.std
+        pixels = normalise(centre_square(images.float(), self.image_size), self.mean, self.std)
         embeddings = self.features(pixels.to(next(self.parameters()).dtype))
         return F.normalize(embeddings.float(), dim=-1)
-
-    def _crop(self, images: Tensor) -> Tensor:
-        size, short = self.image_size, min(images.shape[-2:])
-        if short != size:
-            sides = [side * size // short for side in images.shape[-2:]]
-            # Bicubic interpolation overshoots at edges.
-            images = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = ((side - size) // 2 for side in images.shape[-2:])
-        return images[..., top : top + size, left : left + size]
 
     def _freeze(self, dtype: Dtype, image_size: Any) -> None:
         sides = {image_size} if isinstance(image_size, int) else set(image_size)
         if len(sides) != 1:
             raise ValueError(f"The tower must read square images, but reads {image_size}.")
         (self.image_size,) = sides
-        for part in self.children():  # not the buffers: pixels are normalised in float32
-            part.requires_grad_(False).eval().to(torch_dtype(dtype))
-
-    mean: Tensor
-    std: Tensor
+        self.requires_grad_(False).eval().to(torch_dtype(dtype))
 
 
 class CLIPTower(ImageTower):

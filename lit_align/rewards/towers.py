@@ -25,11 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lit_align.functional.pixels import CLIP_MEAN, CLIP_STD, centre_square, normalise
 from lit_align.rewards.shapes_clip import ShapesCLIP, build_shapes_clip
 
-# Of CLIP's training images, by channel; BLIP takes them over.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _BLIP_TOKENS = 35  # as ImageReward cuts prompts
 
 
@@ -84,16 +82,7 @@ class RewardTower(nn.Module, ABC):
     def pixels(self, images: Tensor) -> Tensor:
         """Return what the network sees: the centre square, resized and normalised."""
         size = int(self.model.config.vision_config.image_size)
-        images = images.float()
-        height, width = images.shape[-2:]
-        if min(height, width) != size:
-            scale = size / min(height, width)
-            shape = [max(size, round(side * scale)) for side in (height, width)]
-            images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = ((side - size) // 2 for side in images.shape[-2:])
-        images = images[..., top : top + size, left : left + size]
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return (images - mean) / std
+        return normalise(centre_square(images.float(), size), self.mean, self.std)
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return ids and attention mask [B, max_tokens], on the network's device."""
