@@ -24,6 +24,8 @@ from lit_align.rewards.base import uint8_images
 
 Weights = Literal["trained", "ema"]
 
+_FRAME_MS = 62  # of a video: 16 frames a second, as Wan 2.1 draws them
+
 
 def load_module(ckpt_path: str, weights: Weights = "trained") -> LightningModule:
     """Rebuild the module of a checkpoint that the command line wrote.
@@ -76,7 +78,7 @@ def generate(
 
     Args:
         prompts: Prompts, or the path of one prompts file (.txt, .jsonl), or a shipped list.
-        output: Folder for the PNG files.
+        output: Folder for the PNG files, and animated WebP for videos.
         ckpt_path: A checkpoint written by `fit`.
         pretrained: A shipped name, a pipeline folder or a hub id.
         lora: A folder with `pytorch_lora_weights.safetensors`, on top of `pretrained`.
@@ -109,7 +111,15 @@ def generate(
 def _write_images(images: torch.Tensor, folder: Path, number: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for k, pixels in enumerate(uint8_images(images)):
-        Image.fromarray(pixels.numpy()).save(folder / f"{number:04d}_{k}.png")
+        path = folder / f"{number:04d}_{k}.png"
+        if pixels.ndim == 3:
+            Image.fromarray(pixels.numpy()).save(path)
+            continue
+        first, *others = [Image.fromarray(frame.numpy()) for frame in pixels]
+        first.save(
+            path.with_suffix(".webp"), save_all=True, append_images=others, lossless=True,
+            duration=_FRAME_MS, loop=0,
+        )  # fmt: skip
 
 
 class Opened(NamedTuple):
@@ -210,7 +220,7 @@ def sample_images(
     guidance_scale: float,
     schedule: LearnedSchedule | None = None,
 ) -> torch.Tensor:
-    """Return images [B, 3, H, W] in [0, 1] by the deterministic sampler, one seed each.
+    """Return images [B, 3, H, W] in [0, 1], or videos, by the deterministic sampler, a seed each.
 
     With a learned schedule `num_inference_steps` is the most that an image may take.
     """
@@ -228,7 +238,7 @@ def sample_images(
         schedule.head.to(policy.device)
         schedule = replace(schedule, max_steps=num_inference_steps, guidance_scale=guidance_scale)
         trajectory = schedule.sample(policy, conditioning, generator)
-    return policy.decode(trajectory.latents[:, -1])
+    return policy.render(trajectory.latents[:, -1])
 
 
 def _read_prompts(prompts: list[str]) -> list[str]:

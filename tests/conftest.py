@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from lit_align.policies import FluxPolicy, SD3Policy, StableDiffusionPolicy
-from lit_align.policies.blueprints import build_shapes_flux, build_shapes_sd, build_shapes_sd3
+from lit_align.policies import FluxPolicy, SD3Policy, StableDiffusionPolicy, WanPolicy
+from lit_align.policies.blueprints import (
+    build_shapes_flux,
+    build_shapes_sd,
+    build_shapes_sd3,
+    build_shapes_wan,
+)
 
 # Results must not depend on how many cores there are, and the networks are too small to share.
 torch.set_num_threads(1)
@@ -73,6 +78,8 @@ def tiny_pipeline(family, prediction_type="epsilon"):
     torch.manual_seed(0)
     if family == "sd3":
         return build_shapes_sd3(layers=2, heads=2, head_width=8, text_width=16)
+    if family == "wan":
+        return build_shapes_wan(layers=2, heads=2, head_width=12, text_width=16, vae_width=4)
     if family == "flux":
         pipeline = build_shapes_flux(
             layers=1, single_layers=1, heads=2, head_width=8, text_width=16
@@ -83,8 +90,11 @@ def tiny_pipeline(family, prediction_type="epsilon"):
 
 
 def tiny_policy(family, prediction_type="epsilon", **options):
-    """Return a policy over `tiny_pipeline`; `family` is "sd", "sd3" or "flux"."""
-    policy_class = {"sd": StableDiffusionPolicy, "sd3": SD3Policy, "flux": FluxPolicy}[family]
-    if family == "flux":  # its network has no size
-        options = {"image_size": 32, **options}
+    """Return a policy over `tiny_pipeline`; `family` is "sd", "sd3", "flux" or "wan"."""
+    policy_class = {
+        "sd": StableDiffusionPolicy, "sd3": SD3Policy, "flux": FluxPolicy, "wan": WanPolicy
+    }[family]  # fmt: skip
+    # Some networks have no size of their own.
+    sizes = {"flux": {"image_size": 32}, "wan": {"image_size": 32, "num_frames": 5}}
+    options = {**sizes.get(family, {}), **options}
     return policy_class(tiny_pipeline(family, prediction_type), **options)

@@ -133,7 +133,7 @@ class AlignmentModule(LightningModule, ABC):
 
     def _check_reward(self, reward: RewardModule) -> None:
         nothing = torch.zeros(2, dtype=torch.int64, device=self.device)
-        images = torch.full((2, 3, *self.policy.image_size), 0.5, device=self.device)
+        images = torch.full((2, *self.policy.pixel_shape), 0.5, device=self.device)
         with torch.no_grad():
             blank = PromptBatch(["", ""], [None, None], nothing, nothing, nothing)
             self.score(reward, images, blank)

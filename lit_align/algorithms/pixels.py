@@ -58,7 +58,7 @@ def pixel_gradient(
 
     Args:
         module: Has the reward; counts the query.
-        images: [B, 3, H, W] in [0, 1].
+        images: [B, 3, H, W] in [0, 1], or videos [B, F, 3, H, W].
         batch: Their prompts.
         of: Takes the rewards that are known [V] and returns what to differentiate, [V].
         observe: Whether the reward's running statistics take these scores in.
@@ -84,8 +84,7 @@ def pixel_gradient(
             with torch.autocast(images.device.type, enabled=False):
                 (gradient,) = torch.autograd.grad(of(rewards[valid]).sum(), pixels)
     module.counters["gradient_queries"] += len(images) * module.trainer.world_size
-    known = valid.view(-1, 1, 1, 1)
-    return rewards.detach(), gradient.where(known, 0.0)
+    return rewards.detach(), gradient.where(per_sample(valid, gradient), 0.0)
 
 
 def latent_gradient(

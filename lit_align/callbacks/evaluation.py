@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_align.algorithms.base import AlignmentModule
 from lit_align.callbacks.ema import AdapterEMA
 from lit_align.data.prompts import PromptLoader
+from lit_align.functional.frames import over_frames
 from lit_align.functional.noise import sample_generators
 from lit_align.metrics import DriftStatistics, PairwiseDiversity, VendiScore
 from lit_align.metrics.base import Embedder
@@ -59,7 +60,7 @@ class EvaluationCollector:
             "scores": torch.stack([outputs["scores"][name] for name in self.module.rewards], 1),
         }
         if self.embedder is not None:
-            parts["embeddings"] = self.embedder(outputs["images"]).float()
+            parts["embeddings"] = over_frames(self.embedder, outputs["images"]).float()
         for name, values in parts.items():
             self._parts.setdefault(name, []).append(values.to(self.module.device))
         self._drift.update(outputs["images"], outputs["latents"])
@@ -109,7 +110,7 @@ def diversity(
     for part in repeated.split(max(len(prompts), 1)):
         with trainer.precision_plugin.forward_context():
             images, _ = module.generate(part.to(module.device), "diversity")
-        embeddings.append(embedder(images).float())
+        embeddings.append(over_frames(embedder, images).float())
     everyone = module.gathered(torch.cat(embeddings))
     groups = module.gathered(repeated.prompt_ids.to(module.device))
     found = {}

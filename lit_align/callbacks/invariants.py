@@ -148,7 +148,7 @@ def _check_reward(module: AlignmentModule, reward: RewardModule, batch: PromptBa
     nothing = torch.zeros(1, dtype=torch.int64)
     batch = batch or PromptBatch([""], [None], nothing, nothing, nothing)
     batch = batch.select(torch.tensor([0, 0, len(batch) - 1, len(batch) - 1])).to(module.device)
-    noise = torch.rand(4, 3, *module.policy.image_size, generator=keyed_generator("invariants"))
+    noise = torch.rand(4, *module.policy.pixel_shape, generator=keyed_generator("invariants"))
     images, order = noise.to(module.device), torch.tensor([2, 0, 3, 1])
     try:
         scores = module.score(reward, images, batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_align.algorithms.base import AlignmentModule
 from lit_align.callbacks.evaluation import evaluated_weights, first_prompts
+from lit_align.functional.frames import side_by_side
 from lit_align.rewards.base import uint8_images
 
 
@@ -70,7 +71,7 @@ class SampleGallery(Callback):
         """Draw all prompts on every process, so that the picture is the same for any number."""
         batch = first_prompts(module, self.num_prompts).to(module.device)
         with evaluated_weights(trainer, module), trainer.precision_plugin.forward_context():
-            return uint8_images(module.generate(batch)[0])
+            return uint8_images(side_by_side(module.generate(batch)[0]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base model's row."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_align.functional.frames import over_frames
 from lit_align.metrics.base import PreciseMetric
 
 STATISTICS = ("luminance", "saturation", "high_frequency", "saturated_pixels")
@@ -41,13 +42,13 @@ class DriftStatistics(PreciseMetric):
         """Add images.
 
         Args:
-            images: [B, 3, H, W] in [0, 1].
+            images: [B, 3, H, W] in [0, 1], or videos [B, F, 3, H, W], whose frames count alike.
             latents: [B, ...], those they were decoded from, if known.
 
         Raises:
             ValueError: If the images have another shape.
         """
-        statistics = image_statistics(images)
+        statistics = dict(zip(STATISTICS, over_frames(_stacked, images).unbind(1), strict=True))
         if latents is not None:
             statistics["latent_norm"] = latents.detach().float().flatten(1).square().mean(1).sqrt()
         known = [float(name in statistics) for name in self.names]
@@ -100,6 +101,11 @@ def image_statistics(images: Tensor) -> dict[str, Tensor]:
         clipped.float().mean((1, 2)),
     )
     return dict(zip(STATISTICS, values, strict=True))
+
+
+def _stacked(images: Tensor) -> Tensor:
+    """Return the `image_statistics` [B, 4]."""
+    return torch.stack(list(image_statistics(images).values()), dim=1)
 
 
 def _high_frequency(luminance: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from lit_align.policies.sd3 import SD3Policy
 from lit_align.policies.stable_diffusion import StableDiffusionPolicy
 from lit_align.policies.time_prediction import TimePredictor
 from lit_align.policies.towers import CLIPTower, OpenCLIPTower
+from lit_align.policies.wan import WanPolicy
 
 __all__ = [
     "CLIPTower",
@@ -19,4 +20,5 @@ __all__ = [
     "StableDiffusionPolicy",
     "TemporalCritic",
     "TimePredictor",
+    "WanPolicy",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -18,6 +19,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -186,13 +189,53 @@ def build_shapes_flux(
     )
 
 
+def build_shapes_wan(
+    layers: int = 2,
+    heads: int = 4,
+    head_width: int = 24,
+    text_width: int = 64,
+    vae_width: int = 8,
+) -> WanPipeline:
+    """Return a Wan pipeline with random weights: 8 pixels to a latent, 4 frames to one.
+
+    Args:
+        layers: Transformer blocks.
+        heads: Attention heads.
+        head_width: Width of a head, a multiple of 4.
+        text_width: Width of the text encoder.
+        vae_width: Width of the VAE's first layers.
+    """
+    tokenizer, t5 = _build_t5(text_width)
+    vae = AutoencoderKLWan(
+        base_dim=vae_width,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.1, 0.2, 0.0],
+        latents_std=[1.5, 1.0, 2.0, 1.2],
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        in_channels=4,
+        out_channels=4,
+        text_dim=text_width,
+        freq_dim=32,
+        ffn_dim=2 * heads * head_width,
+        num_layers=layers,
+        rope_max_seq_len=32,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return WanPipeline(tokenizer, t5, vae, scheduler, transformer)
+
+
 def _build_t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
     words: Any = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -3.0)]
     words += [(f"▁{word}", -1.0) for word in vocabulary()]
     tokenizer = T5Tokenizer(vocab=words, extra_ids=0, model_max_length=MAX_TOKENS)
     sizes: dict[str, Any] = {"d_model": width, "d_kv": width // 4, "d_ff": 4 * width}
     config = T5Config(vocab_size=len(tokenizer), num_layers=2, num_heads=4, **sizes)
-    return tokenizer, T5EncoderModel(config)
+    return tokenizer, T5EncoderModel(config).eval()  # it has dropout
 
 
 def _open_vae(folder: str | None) -> AutoencoderKL:

@@ -24,9 +24,15 @@ class LatentSpace(nn.Module):
     image_size: tuple[int, int]
 
     @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent, along each side."""
+        factor: int = self.pipeline.vae_scale_factor
+        return factor
+
+    @property
     def native_size(self) -> int:
         """Side of the images in pixels that the pipeline draws unless told otherwise."""
-        side: int = self.denoiser.config["sample_size"] * self.pipeline.vae_scale_factor
+        side: int = self.denoiser.config["sample_size"] * self.vae_scale_factor
         return side
 
     def set_image_size(self, size: int | tuple[int, int] | None) -> None:
@@ -56,20 +62,35 @@ class LatentSpace(nn.Module):
         Raises:
             ValueError: If the network cannot take that size.
         """
-        factor: int = self.pipeline.vae_scale_factor
+        factor = self.vae_scale_factor
         sides, unit = (height or self.image_size[0], width or self.image_size[1]), self.patch_size
         if any(side < 1 or side % (factor * unit) for side in sides):
             raise ValueError(
                 f"Sides of images must be multiples of {factor * unit} pixels, got {sides}; "
                 "change `image_size`."
             )
-        return self.vae.config["latent_channels"], sides[0] // factor, sides[1] // factor
+        return self.latent_channels, sides[0] // factor, sides[1] // factor
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        channels: int = self.vae.config["latent_channels"]
+        return channels
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Shape of what `decode` returns of one sample: (3, H, W), or (F, 3, H, W) of a video."""
+        return 3, *self.image_size
+
+    def render(self, latents: Tensor) -> Tensor:
+        """Return all that the latents show, where `decode` returns what rewards look at."""
+        return self.decode(latents)
 
     def decode(self, latents: Tensor, batch_size: int | None = None, clamp: bool = True) -> Tensor:
-        """Return images [B, 3, H, W] in [0, 1], float32.
+        """Return images [B, 3, H, W] in [0, 1], float32, or videos [B, F, 3, H, W].
 
         Args:
-            latents: [B, C, H, W].
+            latents: [B, C, H, W], of videos [B, C, f, H, W].
             batch_size: Decode so many at a time, and where there is a gradient keep none of the
                 decoder's states: backward decodes again.
             clamp: Turn it off for pixels as the decoder gives them, some a little beyond [0, 1].

@@ -24,11 +24,14 @@ class RewardModule(nn.Module, ABC):
         needs_prompt: Whether the score depends on the prompt.
         granularity: "pointwise" if each image is scored alone, "groupwise" if the images of one
             prompt are scored together, "batchwise" if the whole batch is.
+        reads_videos: Whether it takes videos [B, F, 3, H, W] whole. Of any other reward the score
+            of a video is the mean over its frames.
     """
 
     differentiable: ClassVar[bool] = False
     needs_prompt: ClassVar[bool] = False
     granularity: ClassVar[Literal["pointwise", "groupwise", "batchwise"]] = "pointwise"
+    reads_videos: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -99,8 +102,8 @@ def checked_scores(reward: RewardModule, scores: Any, batch: int) -> Tensor:
 
 
 def uint8_images(images: Tensor) -> Tensor:
-    """Return images [B, 3, H, W] in [0, 1] as rounded uint8 [B, H, W, 3] on the CPU."""
-    return (images.detach() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
+    """Return images [..., 3, H, W] in [0, 1] as rounded uint8 [..., H, W, 3] on the CPU."""
+    return (images.detach() * 255).round().clamp(0, 255).byte().movedim(-3, -1).cpu()
 
 
 def quantize(images: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from threading import Thread
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lit_align.functional.frames import over_frames
 from lit_align.rewards.base import RewardModule, checked_scores
 from lit_align.trajectory import PromptBatch
 
@@ -26,6 +28,9 @@ def call_reward(
 ) -> Tensor:
     """Return the scores [B] float32 of images [B, 3, H, W], with autocast off.
 
+    Of videos [B, F, 3, H, W] a reward that does not read them scores each frame, and the mean
+    is the video's; NaN if one of them could not be scored.
+
     Args:
         reward: Scores the images.
         images: In [0, 1].
@@ -39,8 +44,10 @@ def call_reward(
 
     def call() -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            scores = reward(images.float(), batch.prompts, batch.metadata, batch.group_ids)
-        return checked_scores(reward, scores, len(images))
+            if images.ndim == 4 or reward.reads_videos:
+                scores = reward(images.float(), batch.prompts, batch.metadata, batch.group_ids)
+                return checked_scores(reward, scores, len(images))
+            return over_frames(partial(_score_frames, reward, batch), images.float())
 
     try:
         if timeout is None:
@@ -56,6 +63,19 @@ def call_reward(
         f"{reward.name} did not answer within {timeout} seconds (`reward_timeout`) for "
         f"{_named(batch)}."
     )
+
+
+def _score_frames(reward: RewardModule, batch: PromptBatch, frames: Tensor) -> Tensor:
+    """Return the scores [B F] of the frames [B F, 3, H, W] of a batch's videos."""
+    if reward.granularity != "pointwise":
+        raise ValueError(
+            f"it compares images ({reward.granularity}), and a video has many; decode one frame of "
+            "each (`policy.init_args.decode_latents: 1`)"
+        )
+    each = torch.arange(len(batch)).repeat_interleave(len(frames) // len(batch))
+    repeated = batch.select(each.to(frames.device))
+    scores = reward(frames, repeated.prompts, repeated.metadata, repeated.group_ids)
+    return checked_scores(reward, scores, len(frames))
 
 
 def check_background(reward: RewardModule) -> None:
