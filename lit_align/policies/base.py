@@ -19,6 +19,7 @@ from lit_align.functional.noise import randn
 from lit_align.policies import adapters, loading
 from lit_align.policies.latents import LatentSpace
 from lit_align.policies.sampling import CFGGrad, denoise, stack_steps
+from lit_align.policies.text_cache import TextCache
 from lit_align.schedulers.base import StepOutput, StochasticScheduler
 from lit_align.trajectory import Trajectory, Transition
 
@@ -46,6 +47,10 @@ class DiffusionPolicy(LatentSpace, ABC):
             leaves a pipeline that was passed as it is.
         gradient_checkpointing: Trade compute for memory in the denoiser.
         image_size: Side of the images in pixels, or height and width; by default the model's own.
+        cache_text: Number of prompts whose text embeddings are kept on the CPU, so that each is
+            encoded once; the one unused for longest leaves first.
+        offload_text_encoders: Keep the text encoders on the CPU, and on the device only while they
+            encode; outside the module tree, as every part of it follows the module's device.
 
     Raises:
         ValueError: If the name is unknown, an option is out of range, or a LoRA target matches no
@@ -56,6 +61,7 @@ class DiffusionPolicy(LatentSpace, ABC):
     denoiser_name: ClassVar[str]
     default_scheduler: ClassVar[Any]
     default_lora_targets: ClassVar[tuple[str, ...]]
+    text_encoders: nn.ModuleList
 
     def __init__(
         self,
@@ -68,6 +74,8 @@ class DiffusionPolicy(LatentSpace, ABC):
         dtype: loading.Dtype | None = "float32",
         gradient_checkpointing: bool = False,
         image_size: int | tuple[int, int] | None = None,
+        cache_text: int = 0,
+        offload_text_encoders: bool = False,
     ) -> None:
         super().__init__()
         if train not in ("lora", "full", "none"):
@@ -87,14 +95,20 @@ class DiffusionPolicy(LatentSpace, ABC):
         self.pipeline = pipeline
         self.denoiser: Any = getattr(pipeline, self.denoiser_name)
         self.vae: Any = pipeline.vae
-        self.text_encoders = nn.ModuleList(
+        self._texts = TextCache(cache_text, offload_text_encoders)
+        encoders = nn.ModuleList(
             module
             for name, module in sorted(pipeline.components.items())
             if name.startswith("text_encoder") and module is not None
         )
+        encoders.requires_grad_(False).eval()
+        if offload_text_encoders:
+            object.__setattr__(self, "text_encoders", encoders.cpu())
+        else:
+            self.text_encoders = encoders
         self.requires_grad_(False).eval()
         if dtype is not None:
-            self.to(loading.torch_dtype(dtype))
+            self._cast_frozen(loading.torch_dtype(dtype))
         self.set_image_size(image_size)
         make_scheduler: SchedulerFactory = scheduler or type(self).default_scheduler
         self.scheduler = make_scheduler(self.pipeline_scheduler())
@@ -119,6 +133,8 @@ class DiffusionPolicy(LatentSpace, ABC):
         dtype: loading.Dtype = "float32",
         gradient_checkpointing: bool = False,
         image_size: int | tuple[int, int] | None = None,
+        cache_text: int = 0,
+        offload_text_encoders: bool = False,
     ) -> DiffusionPolicy:
         """Build the policy of the family that `pretrained` belongs to; arguments as for the class.
 
@@ -128,9 +144,14 @@ class DiffusionPolicy(LatentSpace, ABC):
         family = loading.family_of(pretrained, cls)
         policy: DiffusionPolicy = family(
             pretrained, scheduler, train, lora_rank, lora_alpha, lora_targets, dtype,
-            gradient_checkpointing, image_size,
+            gradient_checkpointing, image_size, cache_text=cache_text,
+            offload_text_encoders=offload_text_encoders,
         )  # fmt: skip
         return policy
+
+    def _cast_frozen(self, dtype: torch.dtype) -> None:
+        for network in (self.denoiser, self.text_encoders, self.vae):
+            nn.Module.to(network, dtype)  # diffusers' own `to` warns of a cast that is meant
 
     @property
     def device(self) -> torch.device:
@@ -165,11 +186,20 @@ class DiffusionPolicy(LatentSpace, ABC):
             conditioning: The positive entries of `encode_prompt`.
         """
 
-    @abstractmethod
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
         """Return text embeddings, each [B, ...]: those of the prompts, and under names starting
         with "negative_" those of the empty prompt.
         """  # noqa: D205
+        return self._texts.encode(self._encode, self.text_encoders, prompts, self.device)
+
+    def _encode(self, prompts: Sequence[str], with_negative: bool) -> Conditioning:
+        """Return what `encode_prompt` does, made anew; each family's own.
+
+        Args:
+            prompts: B texts.
+            with_negative: Whether those of the empty prompt are wanted, if the family has them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `_encode`.")
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Return which prompts are longer than what any of the text encoders reads."""
@@ -197,7 +227,7 @@ class DiffusionPolicy(LatentSpace, ABC):
         if guidance_scale == 1:
             return self(latents, timesteps, positive).float()
         both = {k: torch.cat([conditioning[f"negative_{k}"], v]) for k, v in positive.items()}
-        output = self(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both).float()
+        output = self(torch.cat([latents, latents]), timesteps.repeat(2), both).float()
         unconditional, conditional = output.chunk(2)
         if cfg_grad == "cond_only":
             unconditional = unconditional.detach()

@@ -139,7 +139,7 @@ class FluxPolicy(DiffusionPolicy):
         )[0]
         return F.pixel_shuffle(output.transpose(1, 2).unflatten(2, sides), 2)
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: Sequence[str], with_negative: bool) -> Conditioning:
         """Return T5's `prompt_embeds` [B, tokens, width] and CLIP's `pooled_prompt_embeds`."""
         embeds, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.device, max_sequence_length=self.max_sequence_length

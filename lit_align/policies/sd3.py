@@ -52,21 +52,21 @@ class SD3Policy(DiffusionPolicy):
         )[0]
         return output
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: Sequence[str], with_negative: bool) -> Conditioning:
         """Return `(negative_)prompt_embeds` [B, tokens, width] and pooled ones [B, width]."""
         embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             list(prompts),
             None,
             None,
             device=self.device,
+            do_classifier_free_guidance=with_negative,
             max_sequence_length=self.max_sequence_length,
         )
-        return {
-            "prompt_embeds": embeds,
-            "negative_prompt_embeds": negative,
-            "pooled_prompt_embeds": pooled,
-            "negative_pooled_prompt_embeds": negative_pooled,
-        }
+        encoded = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        if with_negative:
+            encoded["negative_prompt_embeds"] = negative
+            encoded["negative_pooled_prompt_embeds"] = negative_pooled
+        return encoded
 
     def feature_taps(self) -> FeatureTaps:
         """Return embedded patches, normalised states of the last block, and time and text."""

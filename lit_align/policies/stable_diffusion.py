@@ -27,12 +27,13 @@ class StableDiffusionPolicy(DiffusionPolicy):
         output: Tensor = self.denoiser(latents.to(dtype), timesteps, embeds, return_dict=False)[0]
         return output
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
-        """Return `prompt_embeds` and `negative_prompt_embeds`, each [B, tokens, width]."""
+    def _encode(self, prompts: Sequence[str], with_negative: bool) -> Conditioning:
+        """Return `(negative_)prompt_embeds` [B, tokens, width]."""
         embeds, negative = self.pipeline.encode_prompt(
-            list(prompts), self.device, 1, do_classifier_free_guidance=True
+            list(prompts), self.device, 1, do_classifier_free_guidance=with_negative
         )
-        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+        negatives = {"negative_prompt_embeds": negative} if with_negative else {}
+        return {"prompt_embeds": embeds, **negatives}
 
     def feature_taps(self) -> FeatureTaps:
         """Return what enters the first block, leaves the last, and the sinusoids of the time."""
