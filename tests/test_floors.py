@@ -11,7 +11,8 @@ FLOOR_0 = {"trajectory", "functional", "shapes", "hub"}
 FLOOR_1 = {"schedulers", "rewards", "metrics", "data"}
 ABOVE = {"cli", "comparison", "run_folder", "checkpoint_io", "run_groups", "verbs", "benchmarks",
          # Floor 5: everything.
-         "candidates", "label", "annotation", "annotate_page", "__main__"}  # fmt: skip
+         "candidates", "label", "annotation", "annotate_page", "reward_server", "__main__",
+         "architectures", "dry_run", "tracing"}  # fmt: skip
 BASES = {"schedulers.base", "policies.base", "policies.sampling", "rewards.base",
          "rewards.scoring", "data.experience", "data.planner", "data.windows",
          "data.image_text", "policies.snapshots",

@@ -30,7 +30,6 @@ and decoders are the real ones, but
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -45,15 +44,15 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lit_align import algorithms
 from lit_align.algorithms import pixels
+from lit_align.architectures import build_pipeline
 from lit_align.benchmarks.results import write_rows
 from lit_align.policies import DiffusionPolicy, SD3Policy, StableDiffusionPolicy, sampling
 from lit_align.rewards import Colorfulness
 from lit_align.schedulers import StochasticDDIM, StochasticFlowMatch
+from lit_align.tracing import LiveBytes
 from lit_align.trajectory import PromptBatch, PromptMinibatch
 
 NOT_CHECKPOINTED = "DRaFT, not checkpointed"
@@ -70,37 +69,8 @@ WITHOUT_K = ("ReFL", "NablaGFlowNet", "AdjointMatching")
 # And the K of each.
 NETWORKS = {"shapes-sd": (1, 2, 4, 8), "SD 1.5": (1, 2, 5, 10, 25, 50)}
 NETWORKS["SD3 medium"] = NETWORKS["SD 1.5"]
+_NAMES = {"SD 1.5": "sd15", "SD3 medium": "sd3-medium"}  # of `lit_align.architectures`
 Rows = list[dict[str, Any]]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the `live` bytes of storages made since it is active, and their `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator; what it is given and was not seen before is older than the count."""
-        self._see((args, kwargs), counted=False)
-        output = func(*args, **(kwargs or {}))
-        self._see(output, counted=True)
-        return output
-
-    def _see(self, tensors: Any, counted: bool) -> None:
-        for tensor in filter(torch.is_tensor, tree_leaves(tensors)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._seen:
-                size = storage.nbytes() if counted else 0
-                self._seen.add(storage._cdata)
-                self.live += size
-                weakref.finalize(storage, self._free, storage._cdata, size)
-        self.peak = max(self.peak, self.live)
-
-    def _free(self, address: int, size: int) -> None:
-        self._seen.remove(address)
-        self.live -= size
 
 
 def network(name: str, steps: int) -> Any:
@@ -118,32 +88,16 @@ def network(name: str, steps: int) -> Any:
     vars(scheduler).update({key: value.to("meta") for key, value in tables.items()})
     scheduler.set_timesteps = lambda *_: None
     scheduler.index = lambda timesteps: torch.zeros_like(timesteps, dtype=torch.int64)
+    make = SD3Policy if large else StableDiffusionPolicy
     with torch.device("meta"):
-        make = SD3Policy if large else StableDiffusionPolicy
-        policy = make(_pipeline(large), lambda _: scheduler, lora_rank=8, dtype="bfloat16")
+        policy = make(
+            build_pipeline(_NAMES[name]), lambda _: scheduler, lora_rank=8, dtype="bfloat16"
+        )
         embeds = {"prompt_embeds": torch.empty(1, *((333, 4096) if large else (77, 768)))}
         if large:
             embeds["pooled_prompt_embeds"] = torch.empty(1, 2048)
     policy.encode_prompt = lambda prompts: embeds
     return policy
-
-
-def _pipeline(large: bool) -> Any:
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-        latent_channels=16 if large else 4, use_quant_conv=not large, use_post_quant_conv=not large,
-        shift_factor=0.0609 if large else None,
-    )  # fmt: skip
-    if large:
-        transformer = diffusers.SD3Transformer2DModel(
-            64, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
-            caption_projection_dim=1536, pos_embed_max_size=192,
-        )  # fmt: skip
-        return diffusers.StableDiffusion3Pipeline(*[transformer, None, vae, *[None] * 6])
-    unet = diffusers.UNet2DConditionModel(64, cross_attention_dim=768)  # else of that size
-    parts: list[Any] = [vae, None, None, unet, None, None, None]
-    return diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
 
 
 @contextmanager
