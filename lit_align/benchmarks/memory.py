@@ -91,8 +91,9 @@ def network(name: str, steps: int) -> Any:
     make = SD3Policy if large else StableDiffusionPolicy
     with torch.device("meta"):
         policy = make(
-            build_pipeline(_NAMES[name]), lambda _: scheduler, lora_rank=8, dtype="bfloat16"
-        )
+            build_pipeline(_NAMES[name]), lambda _: scheduler, lora_rank=8, dtype="bfloat16",
+            image_size=512,
+        )  # fmt: skip
         embeds = {"prompt_embeds": torch.empty(1, *((333, 4096) if large else (77, 768)))}
         if large:
             embeds["pooled_prompt_embeds"] = torch.empty(1, 2048)
