@@ -86,6 +86,35 @@ class PretrainedReward(RewardModule, ABC):
         return network.requires_grad_(False).eval().to(self.dtype)
 
 
+class DualEncoderReward(PretrainedReward, ABC):
+    """A released reward that is a function of the cosine of an image's and a prompt's embedding.
+
+    Args:
+        dtype, version, scale: See `PretrainedReward`.
+    """
+
+    needs_prompt = True
+
+    def __init__(
+        self, dtype: Dtype = "float32", version: str | None = None, scale: str | None = None
+    ) -> None:
+        super().__init__(dtype, version, scale)
+        self.texts = PromptCache()
+
+    @abstractmethod
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Return unit embeddings [B, d] float32 of images [B, 3, H, W] in [0, 1]."""
+
+    @abstractmethod
+    def embed_text(self, prompts: Sequence[str]) -> Tensor:
+        """Return unit embeddings [B, d] float32, on the network's device."""
+
+    def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosines [B] of images [B, 3, H, W] in [0, 1] and their prompts."""
+        text = self.texts(prompts, self.embed_text, images.device)
+        return (self.embed_images(images) * text).sum(dim=-1)
+
+
 class PromptCache:
     """Text features of the prompts that were used last, so that each is encoded once.
 
@@ -124,7 +153,7 @@ class PromptCache:
         """
         # Taken out and put back, so that what is in use comes last. One operation each: rewards
         # may be called from several threads, which at worst encode a prompt twice.
-        popped = {prompt: self._kept.pop(prompt, None) for prompt in prompts}
+        popped = {prompt: self._kept.pop(prompt, None) for prompt in dict.fromkeys(prompts)}
         found = {prompt: row for prompt, row in popped.items() if row is not None}
         with torch.inference_mode(False), torch.no_grad():
             if missing := [prompt for prompt in popped if prompt not in found]:

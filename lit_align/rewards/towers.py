@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from lit_align.functional.pixels import CLIP_MEAN, CLIP_STD, centre_square, normalise
+from lit_align.hub import CheckpointError, opening
 from lit_align.rewards.shapes_clip import ShapesCLIP, build_shapes_clip
 
 _BLIP_TOKENS = 35  # as ImageReward cuts prompts
@@ -119,9 +120,9 @@ class CLIPRewardTower(RewardTower):
     Args:
         pretrained: A hub id or folder of transformers' `CLIPModel`.
         model: Use this one instead, with `tokenizer`.
-        tokenizer: By default that of `pretrained`.
+        tokenizer: Of transformers, or its hub id or folder; by default that of `pretrained`.
         mean, std: Of the network's pixels, by channel.
-        max_tokens: Prompts are cut after as many.
+        max_tokens: Prompts are cut after as many; by default what tokenizer and network take.
 
     Raises:
         ValueError: If neither, or both, of `pretrained` and `model` are given.
@@ -137,20 +138,21 @@ class CLIPRewardTower(RewardTower):
         max_tokens: int | None = None,
     ) -> None:
         model, tokenizer = _given(CLIPModel, pretrained, model, tokenizer)
+        positions = int(model.config.text_config.max_position_embeddings)
+        max_tokens = max_tokens or min(positions, int(tokenizer.model_max_length))
         super().__init__(model, tokenizer, mean, std, max_tokens)
         self.width = 3 * int(model.config.projection_dim)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Return unit embeddings [B, d] of images [B, 3, H, W] in [0, 1]."""
-        pooled = self.model.vision_model(pixel_values=self.pixels(images)).pooler_output
-        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+        """Return unit embeddings [B, d] float32 of images [B, 3, H, W] in [0, 1]."""
+        return image_embeddings(self.model, self.pixels(images))
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """Return unit embeddings [B, d]; equal prompts are embedded once."""
+        """Return unit embeddings [B, d] float32; equal prompts are embedded once."""
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
         ids, _ = self.tokens(list(places))
         pooled = self.model.text_model(input_ids=ids).pooler_output
-        embeddings = F.normalize(self.model.text_projection(pooled), dim=-1)
+        embeddings = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
         rows = torch.tensor([places[prompt] for prompt in prompts], device=embeddings.device)
         return embeddings[rows]
 
@@ -163,6 +165,11 @@ class CLIPRewardTower(RewardTower):
     def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the cosine [B]; see the base class."""
         return (self.embed_images(images) * self.embed_text(prompts)).sum(dim=-1)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Run the encoders in `dtype`; the logit scale and the embeddings stay float32."""
+        for encoder in self.model.children():
+            encoder.to(dtype)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -200,7 +207,8 @@ class BLIPRewardTower(RewardTower):
         std: Sequence[float] = CLIP_STD,
         max_tokens: int | None = _BLIP_TOKENS,
     ) -> None:
-        model, tokenizer = _given(BlipForImageTextRetrieval, pretrained, model, tokenizer)
+        heads = ("vision_proj.", "text_proj.", "itm_head.")
+        model, tokenizer = _given(BlipForImageTextRetrieval, pretrained, model, tokenizer, heads)
         # Heads that no score depends on would never get a gradient.
         model.vision_proj = model.text_proj = model.itm_head = nn.Identity()
         super().__init__(model, tokenizer, mean, std, max_tokens)
@@ -240,15 +248,66 @@ def shapes_tower(pretrained: str | None = "shapes-clip", width: int = 64) -> CLI
     )
 
 
-def _given(kind: Any, pretrained: str | None, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def image_embeddings(model: Any, pixels: Tensor) -> Tensor:
+    """Return unit embeddings [B, d] float32 of normalised pixels [B, 3, H, W].
+
+    Args:
+        model: A `CLIPModel`, or what has its `vision_model` and `visual_projection`.
+        pixels: Are cast to the dtype of its weights.
+    """
+    projection: nn.Linear = model.visual_projection
+    pooled = model.vision_model(pixel_values=pixels.to(projection.weight.dtype)).pooler_output
+    return F.normalize(projection(pooled).float(), dim=-1)
+
+
+def open_network(kind: Any, pretrained: str, unused: Sequence[str] = ()) -> Any:
+    """Return a network of transformers, float32, with all of its weights.
+
+    Args:
+        kind: Its class.
+        pretrained: A hub id or folder.
+        unused: Prefixes of weights that nobody reads, so that they may be missing.
+
+    Raises:
+        CheckpointError: If it is not there, or others are missing, which transformers would leave
+            random with no more than a warning.
+    """
+    with opening(pretrained, "model.safetensors"):
+        network, told = kind.from_pretrained(
+            pretrained, dtype=torch.float32, output_loading_info=True
+        )
+    lost = sorted(name for name in told["missing_keys"] if not name.startswith(tuple(unused)))
+    if lost:
+        raise CheckpointError(
+            f"{pretrained!r} lacks {len(lost)} weights of a {kind.__name__}, such as {lost[0]!r}; "
+            "give a checkpoint of the whole network."
+        )
+    return network
+
+
+def open_tokenizer(pretrained: str) -> Any:
+    """Return the tokenizer of a hub id or folder.
+
+    Raises:
+        CheckpointError: If it is not there.
+    """
+    with opening(pretrained, "tokenizer.json", whole=False):
+        return AutoTokenizer.from_pretrained(pretrained)
+
+
+def _given(
+    kind: Any, pretrained: str | None, model: Any, tokenizer: Any, unused: Sequence[str] = ()
+) -> tuple[Any, Any]:
     """Return the network and the tokenizer that the arguments name."""
     if (pretrained is None) == (model is None):
         raise ValueError("Give a tower either `pretrained` or `model`.")
-    if pretrained is not None:
-        model = kind.from_pretrained(pretrained, dtype=torch.float32)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(pretrained)
+    tokenizer = tokenizer or pretrained
     if tokenizer is None:
         raise ValueError("A tower made of a `model` needs its `tokenizer`.")
+    if isinstance(tokenizer, str):  # first, as it is small and may be missing
+        tokenizer = open_tokenizer(tokenizer)
+    if pretrained is not None:
+        model = open_network(kind, pretrained, unused)
     return model, tokenizer
 
 

@@ -73,7 +73,7 @@ def test_equal_prompts_are_encoded_once_and_missing_ones_together():
     cache, encode = PromptCache(), encoder(calls)
     first = cache(["aa", "b", "aa"], encode, "cpu")
     assert first[:, 0].tolist() == [2, 1, 2]
-    assert cache(["b", "ccc", "aa"], encode, "cpu")[:, 0].tolist() == [1, 3, 2]
+    assert cache(["b", "ccc", "aa", "b"], encode, "cpu")[:, 0].tolist() == [1, 3, 2, 1]
     assert calls == [["aa", "b"], ["ccc"]]
 
 
