@@ -1,8 +1,11 @@
 """Rewards: images and prompts in, one score per image out."""
 
+from lit_align.rewards.aesthetic import AestheticScore
 from lit_align.rewards.base import RewardModule
+from lit_align.rewards.clip_score import CLIPScore, PickScore
 from lit_align.rewards.colorfulness import Colorfulness
 from lit_align.rewards.composition import Composition
+from lit_align.rewards.hps import HPSv2
 from lit_align.rewards.jpeg import JPEGCompressibility
 from lit_align.rewards.learned import LearnedReward, ShapesPreference
 from lit_align.rewards.pairwise_diversity import PairwiseDiversityReward
@@ -14,14 +17,18 @@ from lit_align.rewards.towers import BLIPRewardTower, CLIPRewardTower, RewardTow
 from lit_align.rewards.weighted import WeightedReward
 
 __all__ = [
+    "AestheticScore",
     "BLIPRewardTower",
     "CLIPRewardTower",
+    "CLIPScore",
     "Colorfulness",
     "Composition",
     "DistributionParity",
+    "HPSv2",
     "JPEGCompressibility",
     "LearnedReward",
     "PairwiseDiversityReward",
+    "PickScore",
     "RewardModule",
     "RewardTower",
     "ShapesCLIP",
