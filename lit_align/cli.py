@@ -23,6 +23,7 @@ from lit_align.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from lit_align.comparison import compare
 from lit_align.data import image_text, preferences, prompts
 from lit_align.label import label
+from lit_align.reward_server import serve_reward
 from lit_align.run_folder import ResumeMetrics, RunFolder, SaveRunConfig, newest_checkpoint
 
 NAMED = (algorithms, callbacks, image_text, policies, preferences, prompts, rewards, schedulers)
@@ -32,6 +33,7 @@ VERBS: dict[str, Any] = {
     "label": label,
     "annotate": annotate,
     "compare": compare,
+    "serve-reward": serve_reward,
 }
 
 
