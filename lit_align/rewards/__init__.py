@@ -6,10 +6,13 @@ from lit_align.rewards.clip_score import CLIPScore, PickScore
 from lit_align.rewards.colorfulness import Colorfulness
 from lit_align.rewards.composition import Composition
 from lit_align.rewards.hps import HPSv2
+from lit_align.rewards.image_reward import ImageReward
 from lit_align.rewards.jpeg import JPEGCompressibility
+from lit_align.rewards.judges import VLMJudge
 from lit_align.rewards.learned import LearnedReward, ShapesPreference
 from lit_align.rewards.pairwise_diversity import PairwiseDiversityReward
 from lit_align.rewards.parity import DistributionParity
+from lit_align.rewards.remote import RemoteReward
 from lit_align.rewards.shapes_clip import ShapesCLIP
 from lit_align.rewards.shapes_color import ShapesColor
 from lit_align.rewards.shapes_verifier import ShapesVerifier
@@ -25,15 +28,18 @@ __all__ = [
     "Composition",
     "DistributionParity",
     "HPSv2",
+    "ImageReward",
     "JPEGCompressibility",
     "LearnedReward",
     "PairwiseDiversityReward",
     "PickScore",
+    "RemoteReward",
     "RewardModule",
     "RewardTower",
     "ShapesCLIP",
     "ShapesColor",
     "ShapesPreference",
     "ShapesVerifier",
+    "VLMJudge",
     "WeightedReward",
 ]
