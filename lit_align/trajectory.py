@@ -284,3 +284,49 @@ def restored(state: dict[str, Any]) -> Trajectory | PromptBatch:
     if "latents" not in state:
         return PromptBatch(**state)
     return Trajectory(**{**state, "batch": PromptBatch(**state["batch"])})
+
+
+@dataclass(frozen=True)
+class ForwardPairs(Record):
+    """N (sample, time) pairs.
+
+    Attributes:
+        clean: [N, ...] float32, latents of the samples.
+        noise: [N, ...] float32, what they are noised with.
+        timesteps: [N], the times they are noised to, as the network takes them.
+        advantages: [N] float32.
+        weights: [N] float32, 0 for pairs that must not count.
+        conditioning: Text embeddings, each [N, ...].
+        guidance_scale: Weight of classifier-free guidance.
+        extras: What a method adds, each [N, ...].
+        batch: The prompts of the pairs' samples.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    advantages: Tensor
+    weights: Tensor
+    conditioning: dict[str, Tensor]
+    guidance_scale: float
+    extras: dict[str, Tensor]
+    batch: PromptBatch | None = None
+
+
+@dataclass(frozen=True)
+class ForwardOutputs:
+    """What networks say of N (sample, time) pairs, and what they should.
+
+    Attributes:
+        noised: The pairs' latents x_t [N, ...].
+        target: What the network should say there [N, ...].
+        output: What it says [N, ...], with gradient.
+        averaged: What averaged weights say [N, ...], if there are any.
+        reference: What the pretrained network says [N, ...], if it is asked.
+    """
+
+    noised: Tensor
+    target: Tensor
+    output: Tensor
+    averaged: Tensor | None = None
+    reference: Tensor | None = None

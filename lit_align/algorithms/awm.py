@@ -33,13 +33,13 @@ import torch
 from torch import Tensor
 
 from lit_align.algorithms.choices import check_choice
-from lit_align.algorithms.forward_process import ForwardPairs, ForwardProcessModule, Logs
+from lit_align.algorithms.forward_process import ForwardProcessModule, Logs
 from lit_align.data.planner import Pool, RoundPlan
 from lit_align.functional.gaussian import mean_square
 from lit_align.functional.policy_gradient import clipped_surrogate, ratio_diagnostics
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
-from lit_align.trajectory import PromptBatch, Trajectory
+from lit_align.trajectory import ForwardOutputs, ForwardPairs, PromptBatch, Trajectory
 
 Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 _EPS = 1e-10
@@ -170,25 +170,17 @@ class AWM(ForwardProcessModule):
         times = self.policy.scheduler.noise_levels(pairs.timesteps).double()
         return -weighted_error(error, times, self.weighting, self.ghuber_power)
 
-    def pair_loss(
-        self,
-        pairs: ForwardPairs,
-        noised: Tensor,
-        target: Tensor,
-        output: Tensor,
-        averaged: Tensor | None,
-        reference: Tensor | None,
-    ) -> tuple[Tensor, Logs]:
+    def pair_loss(self, pairs: ForwardPairs, said: ForwardOutputs) -> tuple[Tensor, Logs]:
         """Return the surrogate of each pair, plus the distance to the averaged weights."""
-        log_prob = self._log_prob(pairs, target, output)
+        log_prob = self._log_prob(pairs, said.target, said.output)
         old = pairs.extras["old_log_prob"]
         log_ratio = (log_prob - old.where(old.isfinite(), log_prob.detach())).float()
         advantages = self.advantage_max / self.max_advantage * pairs.advantages
         loss = clipped_surrogate(log_ratio.exp(), advantages, self.clip_range)
         logs = ratio_diagnostics(log_ratio, self.clip_range)
-        logs["train/matching_error"] = mean_square(output - target).mean()
-        if averaged is not None:
-            gap = mean_square(output - averaged)
+        logs["train/matching_error"] = mean_square(said.output - said.target).mean()
+        if said.averaged is not None:
+            gap = mean_square(said.output - said.averaged)
             loss = loss + self.ema_beta * gap
             logs["train/ema_gap"] = gap.mean()
         return loss, logs

@@ -31,13 +31,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lit_align.algorithms.forward_process import ForwardPairs, ForwardProcessModule, Logs
+from lit_align.algorithms.forward_process import ForwardProcessModule, Logs
 from lit_align.data.planner import MinibatchOrder
 from lit_align.functional.gaussian import mean_square
 from lit_align.functional.matching import good_share, group_mean, matching_error
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
-from lit_align.trajectory import PromptBatch, Trajectory
+from lit_align.trajectory import ForwardOutputs, ForwardPairs, PromptBatch, Trajectory
 
 Decay = tuple[int, float, float]
 
@@ -130,29 +130,21 @@ class CRD(ForwardProcessModule):
         """Hold good samples more than bad ones."""
         return self.kl_beta * good_share(pairs.advantages, self.max_advantage)
 
-    def pair_loss(
-        self,
-        pairs: ForwardPairs,
-        noised: Tensor,
-        target: Tensor,
-        output: Tensor,
-        averaged: Tensor | None,
-        reference: Tensor | None,
-    ) -> tuple[Tensor, Logs]:
+    def pair_loss(self, pairs: ForwardPairs, said: ForwardOutputs) -> tuple[Tensor, Logs]:
         """Return the squared difference of centred rewards of each pair."""
-        assert averaged is not None
+        assert said.averaged is not None
         error, old_error = (
             matching_error(
-                self.policy.scheduler.clean(each, noised, pairs.timesteps), pairs.clean, True
+                self.policy.scheduler.clean(each, said.noised, pairs.timesteps), pairs.clean, True
             )
-            for each in (output, averaged)
+            for each in (said.output, said.averaged)
         )
         implicit = old_error - error
         share = good_share(pairs.advantages, self.max_advantage)
         rho, share, weights = map(self.grouped, (implicit, share, pairs.weights))
         loss = centred_reward_loss(rho, share, weights, self.crd_beta)
         logs = {
-            "train/old_gap": mean_square(output - averaged).mean(),
+            "train/old_gap": mean_square(said.output - said.averaged).mean(),
             "train/implicit_reward": implicit.mean(),
         }
         return (self.max_advantage * loss).flatten().float(), logs

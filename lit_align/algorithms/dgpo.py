@@ -32,11 +32,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lit_align.algorithms.forward_process import ForwardPairs, ForwardProcessModule, Logs
+from lit_align.algorithms.forward_process import ForwardProcessModule, Logs
 from lit_align.data.planner import MinibatchOrder, RoundPlan
 from lit_align.functional.matching import group_mean, matching_error
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
+from lit_align.trajectory import ForwardOutputs, ForwardPairs
 
 
 def preference_weight(
@@ -121,22 +122,14 @@ class DGPO(ForwardProcessModule):
         noisiest(num_inference_steps, timestep_fraction, trained_times)  # refuses too many
         self.dgpo_beta, self.trained_times = dgpo_beta, trained_times
 
-    def pair_loss(
-        self,
-        pairs: ForwardPairs,
-        noised: Tensor,
-        target: Tensor,
-        output: Tensor,
-        averaged: Tensor | None,
-        reference: Tensor | None,
-    ) -> tuple[Tensor, Logs]:
+    def pair_loss(self, pairs: ForwardPairs, said: ForwardOutputs) -> tuple[Tensor, Logs]:
         """Return the weighted error of each pair."""
-        assert reference is not None
+        assert said.reference is not None
         error, reference_error, advantages, weights = map(
             self.grouped,
             (
-                matching_error(output, target, normalise=False),
-                matching_error(reference, target, normalise=False),
+                matching_error(said.output, said.target, normalise=False),
+                matching_error(said.reference, said.target, normalise=False),
                 pairs.advantages,
                 pairs.weights,
             ),

@@ -30,12 +30,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lit_align.algorithms.choices import check_choice
-from lit_align.algorithms.forward_process import ForwardPairs, ForwardProcessModule, Logs
+from lit_align.algorithms.forward_process import ForwardProcessModule, Logs
 from lit_align.functional.gaussian import mean_square
 from lit_align.functional.matching import good_share, matching_error
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
-from lit_align.trajectory import PromptBatch, Trajectory
+from lit_align.trajectory import ForwardOutputs, ForwardPairs, PromptBatch, Trajectory
 
 Form = Literal["x0", "output"]
 DecayType = Literal[0, 1, 2]
@@ -119,22 +119,15 @@ class DiffusionNFT(ForwardProcessModule):
         with self.snapshot.applied():
             return super().rollout(batch, round_index)
 
-    def pair_loss(
-        self,
-        pairs: ForwardPairs,
-        noised: Tensor,
-        target: Tensor,
-        output: Tensor,
-        averaged: Tensor | None,
-        reference: Tensor | None,
-    ) -> tuple[Tensor, Logs]:
+    def pair_loss(self, pairs: ForwardPairs, said: ForwardOutputs) -> tuple[Tensor, Logs]:
         """Return the contrast of each pair."""
-        assert averaged is not None
+        assert said.averaged is not None
+        output, averaged, target = said.output, said.averaged, said.target
         logs = {"train/old_gap": mean_square(output - averaged).mean()}
         if self.form == "x0":
             target = pairs.clean
             output, averaged = (
-                self.policy.scheduler.clean(each, noised, pairs.timesteps)
+                self.policy.scheduler.clean(each, said.noised, pairs.timesteps)
                 for each in (output, averaged)
             )
         bound = self.max_advantage

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,36 +29,9 @@ from lit_align.functional.noise import keyed_generator, randn
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.policies.snapshots import Snapshot, gathered, ramp
 from lit_align.rewards.base import RewardModule
-from lit_align.trajectory import PromptBatch, Record, Trajectory
+from lit_align.trajectory import ForwardOutputs, ForwardPairs, PromptBatch, Trajectory
 
-__all__ = ["ForwardPairs", "ForwardProcessModule", "Logs"]
-
-
-@dataclass(frozen=True)
-class ForwardPairs(Record):
-    """N (sample, time) pairs.
-
-    Attributes:
-        clean: [N, ...] float32, latents of the samples.
-        noise: [N, ...] float32, what they are noised with.
-        timesteps: [N], the times they are noised to, as the network takes them.
-        advantages: [N] float32.
-        weights: [N] float32, 0 for pairs that must not count.
-        conditioning: Text embeddings, each [N, ...].
-        guidance_scale: Weight of classifier-free guidance.
-        extras: What a method adds, each [N, ...].
-        batch: The prompts of the pairs' samples.
-    """
-
-    clean: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    advantages: Tensor
-    weights: Tensor
-    conditioning: dict[str, Tensor]
-    guidance_scale: float
-    extras: dict[str, Tensor]
-    batch: PromptBatch | None = None
+__all__ = ["ForwardProcessModule", "Logs"]
 
 
 class ForwardProcessModule(OnlineModule, ABC):
@@ -139,24 +112,12 @@ class ForwardProcessModule(OnlineModule, ABC):
         return self.snapshots[name]
 
     @abstractmethod
-    def pair_loss(
-        self,
-        pairs: ForwardPairs,
-        noised: Tensor,
-        target: Tensor,
-        output: Tensor,
-        averaged: Tensor | None,
-        reference: Tensor | None,
-    ) -> tuple[Tensor, Logs]:
+    def pair_loss(self, pairs: ForwardPairs, said: ForwardOutputs) -> tuple[Tensor, Logs]:
         """Return the loss of each pair [N], and what to log of it.
 
         Args:
             pairs: N of them.
-            noised: Their latents x_t [N, ...].
-            target: What the network should say there [N, ...].
-            output: What it says [N, ...], with gradient.
-            averaged: What the snapshot says [N, ...], if there is one.
-            reference: What the pretrained network says [N, ...], if it is asked.
+            said: What the networks say of them.
         """
 
     def penalties(self, pairs: ForwardPairs) -> Tensor | float:
@@ -238,7 +199,9 @@ class ForwardProcessModule(OnlineModule, ABC):
             guided = minibatch.replace(guidance_scale=self.kl_guidance)
             reference = self._predict_frozen(self.policy.reference(), guided, noised)
         output = self.predict(minibatch, noised)
-        loss, logs = self.pair_loss(minibatch, noised, target, output, averaged, reference)
+        loss, logs = self.pair_loss(
+            minibatch, ForwardOutputs(noised, target, output, averaged, reference)
+        )
         if self.kl_beta > 0:
             assert reference is not None
             gap = mean_square(output - reference)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lit_align.algorithms.choices import check_choice
-from lit_align.algorithms.forward_process import ForwardPairs, ForwardProcessModule, Logs
+from lit_align.algorithms.forward_process import ForwardProcessModule, Logs
 from lit_align.algorithms.pairing import RewardRefresh, keep_best_and_worst
 from lit_align.functional.judging import winner_first
 from lit_align.functional.preference import (
@@ -39,7 +39,7 @@ from lit_align.functional.preference import (
 )
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.rewards.base import RewardModule
-from lit_align.trajectory import PromptBatch, Trajectory
+from lit_align.trajectory import ForwardOutputs, ForwardPairs, PromptBatch, Trajectory
 
 RefUpdate = Literal["none", "hard", "ema"]
 
@@ -142,18 +142,10 @@ class OnlineDPO(ForwardProcessModule):
         shares = torch.stack([first, 1 - first], dim=1).flatten()
         return kept.replace(extras={"preferred": shares[:, None].expand_as(kept.timesteps)})
 
-    def pair_loss(
-        self,
-        pairs: ForwardPairs,
-        noised: Tensor,
-        target: Tensor,
-        output: Tensor,
-        averaged: Tensor | None,
-        reference: Tensor | None,
-    ) -> tuple[Tensor, Logs]:
+    def pair_loss(self, pairs: ForwardPairs, said: ForwardOutputs) -> tuple[Tensor, Logs]:
         """Return the loss of each pair, at both of its images."""
         signs = self.grouped(pairs.advantages)
-        compared = averaged if reference is None else reference
+        compared = said.averaged if said.reference is None else said.reference
 
         def ordered(values: Tensor) -> Tensor:
             return winner_first(self.grouped(values), signs)
@@ -161,9 +153,10 @@ class OnlineDPO(ForwardProcessModule):
         def errors(gap: Tensor) -> Tensor:
             return denoising_error(gap.flatten(0, 1)).unflatten(0, (-1, 2))
 
-        gap, error_ref, shift = ordered(output - target), None, None
+        gap, error_ref, shift = ordered(said.output - said.target), None, None
         if compared is not None:
-            error_ref, shift = errors(ordered(compared - target)), ordered(output - compared)
+            error_ref = errors(ordered(compared - said.target))
+            shift = ordered(said.output - compared)
         labels = signs.new_tensor([1.0, 0.0]).expand_as(signs)
         judged = Judged(errors(gap), labels, error_ref, gap, shift)
         loss = self.objective(judged)

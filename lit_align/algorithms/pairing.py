@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.forward_process import ForwardPairs
 from lit_align.algorithms.online import OnlineModule
 from lit_align.functional.judging import best_and_worst
 from lit_align.functional.noise import keyed_generator
 from lit_align.functional.reward_modeling import bradley_terry, masked_mean
 from lit_align.rewards.base import RewardModule, quantize
-from lit_align.trajectory import Trajectory
+from lit_align.trajectory import ForwardPairs, Trajectory
 
 
 def keep_best_and_worst(module: OnlineModule, trajectory: Trajectory, gap_min: float) -> Trajectory:

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_align.algorithms.awm import AWM, time_strata, weighted_error
+from lit_align.trajectory import ForwardOutputs
 from tests.algorithms.harness import Recorder, fit, make_method, weights
 from tests.algorithms.test_diffusion_nft import (
     Watch,
@@ -177,7 +178,7 @@ def test_the_ratio_is_clipped():
     output = (target + 0.1).requires_grad_()
     old = module._log_prob(pairs, target, output).detach() - log_ratio
     pairs = pairs.replace(advantages=advantages, extras={"old_log_prob": old})
-    loss, logs = module.pair_loss(pairs, target, target, output, None, None)
+    loss, logs = module.pair_loss(pairs, ForwardOutputs(target, target, output))
     (gradient,) = torch.autograd.grad(loss.sum(), output)
     assert gradient.flatten(1).any(dim=1).tolist() == [False, True, True, False]
     scaled = advantages / module.max_advantage

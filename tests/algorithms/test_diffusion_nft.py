@@ -17,6 +17,7 @@ from lit_align.algorithms.diffusion_nft import (
 from lit_align.policies.snapshots import ramp
 from lit_align.rewards import Colorfulness, RewardModule
 from lit_align.schedulers import StochasticDDIM, StochasticFlowMatch
+from lit_align.trajectory import ForwardOutputs
 from tests.algorithms.harness import Recorder, experience_of, fit, make_method, weights
 from tests.policies.test_snapshots import assert_equal, disturb
 
@@ -150,7 +151,7 @@ def test_shares_are_half_and_half_without_advantage_and_bounded():
     module = make(kl_beta=0.0, form="output", adv_clip_max=5.0)
     old, output, target = draws(3, 4, 4, 8, 8).float()
     pairs = SimpleNamespace(advantages=torch.tensor([0.0, 5.0, -5.0, 2.5]))
-    loss, _ = module.pair_loss(pairs, old, target, output, old, None)
+    loss, _ = module.pair_loss(pairs, ForwardOutputs(old, target, output, old))
     gap = {
         sign: matching_error(old + sign * (output - old), target, False).float() for sign in (1, -1)
     }
