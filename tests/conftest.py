@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from lit_align.policies import FluxPolicy, SD3Policy, StableDiffusionPolicy, WanPolicy
+from lit_align.policies import (
+    FluxPolicy,
+    SD3Policy,
+    SDXLPolicy,
+    StableDiffusionPolicy,
+    WanPolicy,
+)
 from lit_align.policies.blueprints import (
     build_shapes_flux,
     build_shapes_sd,
     build_shapes_sd3,
+    build_shapes_sdxl,
     build_shapes_wan,
 )
 
@@ -80,21 +87,37 @@ def tiny_pipeline(family, prediction_type="epsilon"):
         return build_shapes_sd3(layers=2, heads=2, head_width=8, text_width=16)
     if family == "wan":
         return build_shapes_wan(layers=2, heads=2, head_width=12, text_width=16, vae_width=4)
-    if family == "flux":
+    if family.startswith("sdxl"):
+        spacing = "trailing" if family == "sdxl-turbo" else "leading"
+        return build_shapes_sdxl(None, (8, 16), 16, prediction_type, spacing)
+    if family in ("flux", "schnell"):
         pipeline = build_shapes_flux(
-            layers=1, single_layers=1, heads=2, head_width=8, text_width=16
-        )
+            layers=1, single_layers=1, heads=2, head_width=8, text_width=16,
+            guidance_embeds=family == "flux",
+        )  # fmt: skip
         pipeline.vae.register_to_config(shift_factor=0.1)  # as the real one's is not zero
         return pipeline
+    prediction_type = "v_prediction" if family == "sd-v" else prediction_type
     return build_shapes_sd(widths=(8, 16), text_width=16, prediction_type=prediction_type)
 
 
+POLICIES = {
+    "sd": StableDiffusionPolicy,
+    "sd-v": StableDiffusionPolicy,
+    "sdxl": SDXLPolicy,
+    "sdxl-turbo": SDXLPolicy,
+    "sd3": SD3Policy,
+    "flux": FluxPolicy,
+    "schnell": FluxPolicy,
+    "wan": WanPolicy,
+}
+
+
 def tiny_policy(family, prediction_type="epsilon", **options):
-    """Return a policy over `tiny_pipeline`; `family` is "sd", "sd3", "flux" or "wan"."""
-    policy_class = {
-        "sd": StableDiffusionPolicy, "sd3": SD3Policy, "flux": FluxPolicy, "wan": WanPolicy
-    }[family]  # fmt: skip
+    """Return a policy over `tiny_pipeline`; `family` is one of `POLICIES`."""
+    policy_class = POLICIES[family]
     # Some networks have no size of their own.
-    sizes = {"flux": {"image_size": 32}, "wan": {"image_size": 32, "num_frames": 5}}
+    sizes = {name: {"image_size": 32} for name in ("flux", "schnell")}
+    sizes |= {"wan": {"image_size": 32, "num_frames": 5}}
     options = {**sizes.get(family, {}), **options}
     return policy_class(tiny_pipeline(family, prediction_type), **options)

@@ -5,6 +5,7 @@ from lit_align.policies.flux import FluxPolicy
 from lit_align.policies.heads import TemporalCritic
 from lit_align.policies.learned_schedule import LearnedSchedule
 from lit_align.policies.sd3 import SD3Policy
+from lit_align.policies.sdxl import SDXLPolicy
 from lit_align.policies.stable_diffusion import StableDiffusionPolicy
 from lit_align.policies.time_prediction import TimePredictor
 from lit_align.policies.towers import CLIPTower, OpenCLIPTower
@@ -17,6 +18,7 @@ __all__ = [
     "LearnedSchedule",
     "OpenCLIPTower",
     "SD3Policy",
+    "SDXLPolicy",
     "StableDiffusionPolicy",
     "TemporalCritic",
     "TimePredictor",

@@ -95,6 +95,7 @@ class DiffusionPolicy(LatentSpace, ABC):
         self.pipeline = pipeline
         self.denoiser: Any = getattr(pipeline, self.denoiser_name)
         self.vae: Any = pipeline.vae
+        self._check_pipeline()
         self._texts = TextCache(cache_text, offload_text_encoders)
         encoders = nn.ModuleList(
             module
@@ -148,6 +149,9 @@ class DiffusionPolicy(LatentSpace, ABC):
             offload_text_encoders=offload_text_encoders,
         )  # fmt: skip
         return policy
+
+    def _check_pipeline(self) -> None:
+        """Raise ValueError for pipelines of the family's class that work in another way."""
 
     def _cast_frozen(self, dtype: torch.dtype) -> None:
         for network in (self.denoiser, self.text_encoders, self.vae):

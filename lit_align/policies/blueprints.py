@@ -18,6 +18,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
@@ -78,24 +79,60 @@ def build_shapes_sd(
         cross_attention_dim=text_width,
         norm_num_groups=8,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
     return StableDiffusionPipeline(
         vae=_open_vae(vae),
         text_encoder=CLIPTextModel(_text_config(tokenizer, text_width)),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=_ddim(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def build_shapes_sdxl(
+    vae: str | None = None,
+    widths: tuple[int, ...] = (32, 64),
+    text_width: int = 64,
+    prediction_type: str = "epsilon",
+    timestep_spacing: str = "leading",
+) -> StableDiffusionXLPipeline:
+    """Return a Stable Diffusion XL pipeline with a random U-Net and two text encoders.
+
+    Args:
+        vae: Folder of a trained VAE; random if None.
+        widths: Channels of the U-Net's resolutions; the first has no attention, as in XL.
+        text_width: Width of the first text encoder; the second's is one and a half times that.
+        prediction_type: "epsilon" or "v_prediction".
+        timestep_spacing: "leading" as of XL, "trailing" as of XL-Turbo.
+    """
+    tokenizer = CLIPTokenizer(**tokenizer_options())
+    second_width, size_width = text_width * 3 // 2, 8
+    unet = UNet2DConditionModel(
+        sample_size=_LATENT_SIDE,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(widths) - 1),
+        up_block_types=("CrossAttnUpBlock2D",) * (len(widths) - 1) + ("UpBlock2D",),
+        attention_head_dim=[2] * len(widths),  # which are numbers of heads
+        use_linear_projection=True,
+        cross_attention_dim=text_width + second_width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=size_width,
+        projection_class_embeddings_input_dim=6 * size_width + second_width,
+        norm_num_groups=8,
+    )
+    second = _text_config(tokenizer, second_width, layers=3, hidden_act="gelu")
+    return StableDiffusionXLPipeline(
+        vae=_open_vae(vae),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, text_width)),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=_ddim(prediction_type, timestep_spacing),
+        add_watermarker=False,
     )
 
 
@@ -238,12 +275,28 @@ def _build_t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
     return tokenizer, T5EncoderModel(config).eval()  # it has dropout
 
 
+def _ddim(prediction_type: str, timestep_spacing: str = "leading") -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        timestep_spacing=timestep_spacing,
+    )
+
+
 def _open_vae(folder: str | None) -> AutoencoderKL:
     return build_vae() if folder is None else AutoencoderKL.from_pretrained(folder)
 
 
-def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int = 2) -> CLIPTextConfig:
+def _text_config(
+    tokenizer: CLIPTokenizer, width: int, layers: int = 2, hidden_act: str = "quick_gelu"
+) -> CLIPTextConfig:
     return CLIPTextConfig(
+        hidden_act=hidden_act,
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,

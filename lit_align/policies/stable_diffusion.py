@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -15,7 +16,7 @@ from lit_align.schedulers import StochasticDDIM
 class StableDiffusionPolicy(DiffusionPolicy):
     """A `StableDiffusionPipeline` as a policy; the prediction type is the scheduler's."""
 
-    pipeline_class = StableDiffusionPipeline
+    pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     denoiser_name = "unet"
     default_scheduler = StochasticDDIM
     default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")

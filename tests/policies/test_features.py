@@ -7,7 +7,7 @@ from lit_align.policies.time_prediction import TimePredictor
 from tests.conftest import tiny_policy
 
 ATOL = 1e-5
-FAMILIES = pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+FAMILIES = pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 PROMPTS = ["a red circle", "a blue square", "a triangle"]
 
 
@@ -47,7 +47,7 @@ def test_widths_are_those_that_the_taps_tell(family):
 def head_of(policy, family, last):
     """Return the network's output, made of its last features as the network makes it."""
     net, (rows, columns) = policy.denoiser, last.shape[2:]
-    if family == "sd":
+    if family in ("sd", "sdxl"):
         return net.conv_out(net.conv_act(net.conv_norm_out(last)))
     patches = net.proj_out(last.flatten(2).mT)  # [B, rows columns, 2 2 C]
     if family == "sd3":
@@ -73,7 +73,7 @@ def test_features_lie_where_the_image_has_them(family, size):
     places = (moved > ATOL).nonzero().double()
     patch = policy.patch_size
     assert places.mean(dim=0).tolist() == [row // patch, column // patch]
-    assert len(places) == (9 if family == "sd" else 1)  # a 3x3 convolution, or a token
+    assert len(places) == (9 if family in ("sd", "sdxl") else 1)  # a 3x3 convolution, or a token
 
 
 def test_embeddings_are_those_of_the_time():

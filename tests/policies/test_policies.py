@@ -3,20 +3,17 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lit_align.functional.noise import sample_generators
-from lit_align.policies import (
-    DiffusionPolicy,
-    FluxPolicy,
-    SD3Policy,
-    StableDiffusionPolicy,
-    adapters,
-)
+from lit_align.policies import DiffusionPolicy, StableDiffusionPolicy, adapters
 from lit_align.policies.adapters import LORA_FILE
-from tests.conftest import tiny_pipeline, tiny_policy
+from tests.conftest import POLICIES, tiny_pipeline, tiny_policy
 
 ATOL = 1e-6
 PROMPTS = ["a red circle", "two small blue squares", "a triangle"]
-FAMILIES = [("sd", "epsilon"), ("sd", "v_prediction"), ("sd3", "flow"), ("flux", "flow")]
-ALL = pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+FAMILIES = [
+    ("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon"),
+    ("sd3", "flow"), ("flux", "flow"),
+]  # fmt: skip
+ALL = pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 
 
 def sample(policy, guidance_scale=3.0, steps=4, **options):
@@ -75,13 +72,13 @@ def test_images_of_another_size(family):
     images = policy.decode(sample(policy, steps=2).latents[:, -1])
     assert images.shape == (3, 3, *policy.image_size) == (3, 3, 32, 16)
     assert tiny_policy(family, image_size=16).image_size == (16, 16)
-    step = {"sd": 4, "sd3": 8, "flux": 8}[family]
+    step = {"sd": 4, "sdxl": 4, "sd3": 8, "flux": 8}[family]
     for size in (step * 3 + step // 2, 0, -step):
         with pytest.raises(ValueError, match=f"multiples of {step} pixels, got .{size}, {size}"):
             tiny_policy(family, image_size=size)
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_guidance_of_one_is_the_conditional_branch(family):
     policy = tiny_policy(family)
     conditioning = policy.encode_prompt(PROMPTS)
@@ -222,8 +219,7 @@ def test_full_pipeline_folder_round_trips(family, dtype, tmp_path):
     perturb(policy)
     policy.save_pretrained(tmp_path, dtype)
     opened = DiffusionPolicy.from_pretrained(str(tmp_path), train="none", image_size=32)
-    classes = {"sd": StableDiffusionPolicy, "sd3": SD3Policy, "flux": FluxPolicy}
-    assert type(opened) is classes[family]
+    assert type(opened) is POLICIES[family]
     # A folder stored in float16 must open in plain diffusers without asking for a dtype.
     absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}
     absent |= {"safety_checker": None} if family == "sd" else {}

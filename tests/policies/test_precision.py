@@ -13,9 +13,10 @@ from tests.conftest import tiny_pipeline, tiny_policy
 RATIO_ATOL = 1e-2
 PRECISIONS = {"bf16-mixed": "lora", "bf16-true": "full"}
 FLOW = ("_sigmas", "timesteps")
-TABLES = {"sd": ("_abar", "_abar_next", "_std"), "sd3": FLOW, "flux": FLOW}
+DDIM = ("_abar", "_abar_next", "_std")
+TABLES = {"sd": DDIM, "sdxl": DDIM, "sd3": FLOW, "flux": FLOW}
 BOTH = pytest.mark.parametrize("precision", PRECISIONS)
-FAMILIES = pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+FAMILIES = pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 
 
 class Witness(Colorfulness):

@@ -13,9 +13,9 @@ from tests.algorithms.harness import fit, make_ddpo
 from tests.conftest import tiny_pipeline, tiny_policy
 
 PROMPTS = ["a red circle", "", "two small blue squares", "a red circle"]
-FAMILIES = ["sd", "sd3", "flux"]
-ALL = pytest.mark.parametrize("family", FAMILIES)
-NEGATIVES = {"sd": 1, "sd3": 1, "flux": 0}
+ALL = pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "wan"])
+# Calls for the empty prompt: its embeddings are zero in XL, and Flux has none.
+NEGATIVES = {"sd": 1, "sdxl": 0, "sd3": 1, "flux": 0, "wan": 1}
 CPU = torch.device("cpu")
 
 
