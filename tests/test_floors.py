@@ -38,7 +38,8 @@ OUTSIDE = {
     "shapes": {"torch", "numpy", "PIL"},
     "hub": {"huggingface_hub"},
     "schedulers": {"torch", "diffusers"},
-    "rewards": {"torch", "transformers", "open_clip", "PIL", "safetensors", "httpx"},
+    "rewards": {"torch", "transformers", "open_clip", "PIL", "safetensors", "httpx", "rapidocr",
+                "dreamsim"},
     "metrics": {"torch", "torchmetrics"},
     "data": {"torch", "numpy", "PIL", "lightning"},
     "policies": {"torch", "diffusers", "transformers", "peft", "open_clip", "safetensors"},
@@ -69,7 +70,7 @@ def violations(root):
 THIRD_PARTY = {"torch", "numpy", "PIL", "diffusers", "transformers", "open_clip", "torchmetrics",
                "lightning", "peft", "matplotlib", "tqdm", "torchvision", "jsonargparse",
                "omegaconf", "tensorboard", "tokenizers", "safetensors", "huggingface_hub",
-               "httpx", "fastapi", "uvicorn"}  # fmt: skip
+               "httpx", "fastapi", "uvicorn", "rapidocr", "dreamsim"}  # fmt: skip
 
 
 def imported(path):
