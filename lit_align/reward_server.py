@@ -177,29 +177,17 @@ def create_app(
         ValueError: If the reward compares images or keeps statistics.
     """
     from fastapi import FastAPI, Request, Response
-    from starlette.exceptions import HTTPException
 
     _check_pointwise(reward)
     reward.requires_grad_(False).eval()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    _tell_failures(app)
     turns = Turns(limits.max_waiting)
-
-    def answer(body: bytes, status: int = 200) -> Response:
-        return Response(body, status, media_type="application/json")
-
-    @app.exception_handler(FailedRequestError)
-    async def failed(request: Request, error: FailedRequestError) -> Response:
-        return answer(error_answer(error.kind, error.message), error.status)
-
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        kind = "not_found" if error.status_code == 404 else "bad_request"
-        return answer(error_answer(kind, str(error.detail)), error.status_code)
 
     @app.get("/health")
     async def health(request: Request) -> Response:
         check_caller(request, token)
-        return answer(to_json({"name": reward.name, "version": version, "protocol": PROTOCOL}))
+        return _answer(to_json({"name": reward.name, "version": version, "protocol": PROTOCOL}))
 
     @app.post("/score")
     async def score(request: Request) -> Response:
@@ -208,9 +196,34 @@ def create_app(
         async with turns.turn():
             if await request.is_disconnected():  # it gave up, and may ask again
                 raise FailedRequestError(499, "disconnected", "nobody waits for the answer")
-            return answer(await asyncio.to_thread(scored, reward, body, limits))
+            return _answer(await asyncio.to_thread(scored, reward, body, limits))
 
     return app
+
+
+def _tell_failures(app: Any) -> None:
+    """Make an app answer failures in the protocol."""
+    from fastapi import Request, Response
+    from starlette.exceptions import HTTPException
+
+    @app.exception_handler(FailedRequestError)
+    async def failed(request: Request, error: FailedRequestError) -> Response:
+        return _answer(error_answer(error.kind, error.message), error.status)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        kind = "not_found" if error.status_code == 404 else "bad_request"
+        return _answer(error_answer(kind, str(error.detail)), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return _answer(error_answer("server_failed", f"{type(error).__name__}: {error}"), 500)
+
+
+def _answer(body: bytes, status: int = 200) -> Any:
+    from fastapi import Response
+
+    return Response(body, status, media_type="application/json")
 
 
 def _check_pointwise(reward: RewardModule) -> None:

@@ -70,6 +70,7 @@ class JSONClient:
         retry_wait: Seconds before the first of them, doubled each time up to 30.
         max_response_bytes: A longer answer is not read to its end.
         counts: "requests" that were sent and "retries", so far.
+        lock: For what the threads share.
 
     Raises:
         ValueError: If an attribute is out of its range.
@@ -98,13 +99,13 @@ class JSONClient:
         self._open()
 
     def _open(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._http: httpx.Client | None = None
         self._process = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave sockets and locks behind."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_http", "_lock", "_process")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_http", "lock", "_process")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Start without a connection."""
@@ -113,7 +114,7 @@ class JSONClient:
 
     def close(self) -> None:
         """Close the connections; the next request opens others."""
-        with self._lock:
+        with self.lock:
             if self._http is not None and self._process == os.getpid():
                 self._http.close()
             self._http = None
@@ -132,7 +133,7 @@ class JSONClient:
             try:
                 return attempt()
             except UnansweredError as failure:
-                told = f"the last failed with: {failure}"
+                told, lost = f"the last failed with: {failure}", failure.lost
             pause = min(self.retry_wait * 2**number, _LONGEST_WAIT)
             if number < self.retries and now() + pause >= deadline:
                 raise ServerUnavailableError(
@@ -142,9 +143,9 @@ class JSONClient:
             if number < self.retries:
                 self.count("retries")
                 sleep(pause)
+        hint = " Is its server running, and is this its address?" if lost else ""
         raise ServerUnavailableError(
-            f"{self.url} did not answer in {self.retries + 1} attempt(s); {told}. Is its server "
-            "running, and is this its address?"
+            f"{self.url} did not answer in {self.retries + 1} attempt(s); {told}.{hint}"
         )
 
     def send(self, method: str, path: str, body: bytes | None, deadline: float) -> Any:
@@ -197,15 +198,15 @@ class JSONClient:
     def _refused(self, status: int, text: bytes) -> str:
         told = f"{self.url} refused the request, HTTP {status}: {parse_error(text)}."
         if status in (401, 403):
-            held = "the token at hand is not the server's" if self._token() else "there is no token"
-            return f"{told} ({held}; set {self.token_variable}.)"
+            held = "The token at hand is not the server's" if self._token() else "There is no token"
+            return f"{told} {held}; set {self.token_variable}."
         if status < 400:
-            return f"{told} (It points to another address; give that one.)"
+            return f"{told} It points to another address; give that one."
         return told
 
     def _connected(self) -> httpx.Client:
         """Return this process's pool of connections."""
-        with self._lock:
+        with self.lock:
             if self._http is None or self._process != os.getpid():
                 local = is_loopback(httpx.URL(self.url).host)
                 if self._token() and not local and self.url.startswith("http:"):
@@ -237,7 +238,7 @@ class JSONClient:
 
     def count(self, what: str, number: int = 1) -> None:
         """Add to `counts`."""
-        with self._lock:
+        with self.lock:
             self.counts[what] += number
 
 

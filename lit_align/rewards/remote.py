@@ -119,14 +119,16 @@ class RemoteReward(ServedReward):
                 f"{self.client.url} serves {served[0]!r}, and `reward` asks for {self.reward!r}; "
                 "start that server, or change `reward`."
             )
-        if self.served is not None and self.served != served:
-            raise RewardError(
-                f"{self.client.url} now serves {' '.join(served)} and served "
-                f"{' '.join(self.served)} before; scores of one run must come from one version."
-            )
-        if self.served is None and not (dist.is_available() and _rank()):
+        with self.client.lock:
+            before, self.served = self.served, self.served or served
+        if before is None and not (dist.is_available() and _rank()):
             print(f"{self.name}: {' '.join(served)} at {self.client.url}.", flush=True)
-        self.served, self._connected = served, True
+        elif before is not None and before != served:
+            raise RewardError(
+                f"{self.client.url} now serves {' '.join(served)} and served {' '.join(before)} "
+                "before; scores of one run must come from one version."
+            )
+        self._connected = True
         return served[0]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -80,11 +80,7 @@ class ServedReward(RewardModule):
             ServerRefusalError: If the server refused (a wrong token, too large a request).
             ProtocolError: If it answers what its protocol does not allow.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or len(prompts) != len(images):
-            raise ValueError(
-                f"{self.name} takes images [B, 3, H, W] and B prompts, got {list(images.shape)} "
-                f"and {len(prompts)} prompts."
-            )
+        self._check(images, prompts)
         ends = now() + self.deadline
         known = list(metadata) if metadata is not None else [None] * len(images)
         finite = images.detach().isfinite().flatten(1).all(dim=1).nonzero().flatten()
@@ -115,6 +111,13 @@ class ServedReward(RewardModule):
         self._tell(scores, [error for _, errors in answers for error in errors])
         return scores.to(images.device)
 
+    def _check(self, images: Tensor, prompts: Sequence[str]) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or len(prompts) != len(images):
+            raise ValueError(
+                f"{self.name} takes images [B, 3, H, W] and B prompts, got {list(images.shape)} "
+                f"and {len(prompts)} prompts."
+            )
+
     def _tell(self, scores: Tensor, errors: list[str]) -> None:
         if unscored := int(scores.isnan().sum()):
             self.client.count("unscored", unscored)
@@ -125,7 +128,7 @@ class ServedReward(RewardModule):
                 stacklevel=3,
             )
 
-    def connect(self, ends: float) -> None:  # noqa: B027  nothing to do for most servers
+    def connect(self, ends: float) -> None:
         """See, before the first image is sent, that the server is the right one."""
 
     def prepared(self, images: Tensor) -> Tensor:
