@@ -15,7 +15,7 @@ from lit_align.algorithms.base import AlignmentModule
 from lit_align.algorithms.schedule_learning import ScheduleModule
 from lit_align.callbacks.ema import stored_average
 from lit_align.checkpoint_io import read_checkpoint
-from lit_align.data.prompts import PromptFile
+from lit_align.data.prompt_files import PromptFile, names_prompts
 from lit_align.policies.adapters import LORA_FILE, scale_lora
 from lit_align.policies.base import DiffusionPolicy
 from lit_align.policies.learned_schedule import LearnedSchedule
@@ -77,7 +77,7 @@ def generate(
     diffusers with the same seeds draws the same images.
 
     Args:
-        prompts: Prompts, or the path of one prompts file (.txt, .jsonl), or a shipped list.
+        prompts: Prompts, or the path of one prompts file, or a shipped list, see `PromptFile`.
         output: Folder for the PNG files, and animated WebP for videos.
         ckpt_path: A checkpoint written by `fit`.
         pretrained: A shipped name, a pipeline folder or a hub id.
@@ -242,7 +242,7 @@ def sample_images(
 
 
 def _read_prompts(prompts: list[str]) -> list[str]:
-    if len(prompts) == 1 and (Path(prompts[0]).suffix in (".txt", ".jsonl")):
+    if len(prompts) == 1 and names_prompts(prompts[0]):
         return [text for text, _ in PromptFile(prompts[0])]
     return prompts
 

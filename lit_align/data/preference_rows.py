@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from lit_align.data.preference_records import parse_record
 
 Row = dict[str, Any]
-Scanned = tuple[int, int, Row | ValueError]  # number for people, address for `read`, row or flaw
+Scanned = tuple[int, int, Any]  # number for people, address for `read`, row or ValueError
 
 
 class Rows(Protocol):
@@ -71,12 +71,17 @@ def _or_flaw(parse: Callable[[Any], Row], raw: Any) -> Row | ValueError:
 
 
 class JsonArray:
-    """The objects of one JSON array. The text is in memory while it is scanned, not after."""
+    """The objects of one JSON array. The text is in memory while it is scanned, not after.
+
+    Args:
+        path: The file.
+        kinds: Python's types of the values that are taken.
+    """
 
     place = "entry"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kinds: tuple[type, ...] = (dict,)) -> None:
+        self.path, self.kinds = path, kinds
         self.sizes: dict[int, int] = {}  # by address, in bytes
 
     def scan(self, hashed: Callable[[bytes], None]) -> Iterator[Scanned]:
@@ -95,7 +100,7 @@ class JsonArray:
                     number,
                     address,
                     row
-                    if isinstance(row, dict)
+                    if isinstance(row, self.kinds)
                     else ValueError(f"expected an object, got {str(row)[:80]!r}"),
                 )
                 following = self._after(text, end, ",]")

@@ -1,99 +1,21 @@
-"""Prompts: files of any size, shipped lists, and a stateful loader."""
+"""Prompts, dealt out by a stateful loader; their files are those of `prompt_files`."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
 from lit_align.data.image_text import PairStream
+from lit_align.data.prompt_files import Prompt, PromptFile, shipped_prompts
 from lit_align.functional.noise import keyed_generator
 from lit_align.trajectory import PromptBatch
 
-Prompt = tuple[str, dict[str, Any] | None]
-
-_SHIPPED = Path(str(resources.files("lit_align.data"))) / "prompts"
-
-
-def shipped_prompts() -> list[str]:
-    """Return the names of the prompt lists inside the package."""
-    return sorted(path.stem for path in _SHIPPED.glob("*.jsonl"))
-
-
-class PromptFile(Sequence[Prompt]):
-    """Random access to a prompt file that need not fit in memory: only line offsets are kept.
-
-    Args:
-        source: A shipped name, or the path of a `.txt` file with one prompt per line or of a
-            `.jsonl` file with one object per line, `{"prompt": ..., "metadata": {...}}`. Blank
-            lines do not count.
-
-    Attributes:
-        fingerprint: Hash of the file's content.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no prompt, has another suffix, or a line is broken.
-    """
-
-    def __init__(self, source: str | Path) -> None:
-        path = _SHIPPED / f"{source}.jsonl"
-        self.path = path if path.is_file() else Path(source)
-        if not self.path.is_file():
-            raise FileNotFoundError(
-                f"There is no prompts file {str(source)!r}; give the path of a .txt or .jsonl "
-                f"file, or one of the shipped lists: {', '.join(shipped_prompts())}."
-            )
-        if self.path.suffix not in (".txt", ".jsonl"):
-            raise ValueError(f"A prompts file must end in .txt or .jsonl, got {str(source)!r}.")
-        self._offsets = self._index_lines()
-        if not len(self._offsets):
-            raise ValueError(f"The prompts file {str(self.path)!r} is empty.")
-
-    def _index_lines(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        offsets, offset, digest = [], 0, hashlib.blake2b(digest_size=8)
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                digest.update(line)
-                if line.strip():
-                    self._parse(line, number)
-                    offsets.append(offset)
-                offset += len(line)
-        self.fingerprint = digest.hexdigest()
-        return np.asarray(offsets, dtype=np.int64)
-
-    def _parse(self, line: bytes, number: int | None = None) -> Prompt:
-        text = line.decode().strip()
-        if self.path.suffix == ".txt":
-            return text, None
-        try:
-            row = json.loads(text)
-            prompt, metadata = row["prompt"], row.get("metadata")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.path}, line {number}: expected an object with a 'prompt', got "
-                f"{text[:80]!r}."
-            ) from error
-        return str(prompt), metadata
-
-    def __len__(self) -> int:
-        """Return the number of prompts."""
-        return len(self._offsets)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return (text, metadata) of one prompt, or a list of them for a slice."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        with self.path.open("rb") as file:
-            file.seek(int(self._offsets[index]))
-            return self._parse(file.readline())
+__all__ = ["Prompt", "PromptConsumer", "PromptDataModule", "PromptFile", "PromptLoader",
+           "shipped_prompts"]  # fmt: skip
 
 
 @runtime_checkable
@@ -224,45 +146,87 @@ class PromptDataModule(LightningDataModule):
     Args:
         train: A shipped list or a prompts file, see `PromptFile`; for a method with several tasks,
             one for each of them by name.
-        val: The same for validation, held-out prompts in all but special cases.
+        val: The same for validation, held-out prompts in all but special cases; null for the
+            prompts of `train` that `held_out` sets apart.
         test: The same for `test` and `predict`; by default `val`.
         batch_size: Prompts per process and batch: in evaluation, and in the training of methods
             that consume prompts directly. Online methods deal prompts by `prompts_per_round`.
         val_size: Only the first so many validation prompts; all if None.
         seed: Decides the order of training prompts.
         pairs: A data module of image-text pairs, whose `train` a method's pretraining loss uses.
+        prompt_key: Field of the prompt in files given by their paths, see `PromptFile`.
+        category: Of files given by their paths take only prompts of this category, or of these.
+        category_key: Field of the category.
+        deduplicate: Take each prompt of a file only once.
+        held_out: With `val: null` the share of the prompts that are held out from training, such
+            as 0.1. A hash of the text decides, so that a prompt stays on its side whatever else
+            the file holds, and files that share prompts can be split alike.
+
+    Raises:
+        ValueError: If `batch_size` is not positive, if not one of `val` and `held_out` is given,
+            or an option is given that no source has a use for.
     """
 
     def __init__(
         self,
         train: str | dict[str, str],
-        val: str,
+        val: str | None = None,
         test: str | None = None,
         batch_size: int = 64,
         val_size: int | None = None,
         seed: int = 0,
         pairs: LightningDataModule | None = None,
+        prompt_key: str | None = None,
+        category: str | list[str] | None = None,
+        category_key: str | None = None,
+        deduplicate: bool = False,
+        held_out: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
         tasks = train if isinstance(train, dict) else {"": train}
         self.tasks = list(tasks)
         training = {f"train {name}".rstrip(): source for name, source in tasks.items()}
+        self.held_out = held_out
+        _check_held_out(train, val, held_out)
+        val = val or next(iter(tasks.values()))
         self.sources = {**training, "val": val, "test": test or val}
         self.pairs: Any = pairs
         self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+        chosen = {"prompt_key": prompt_key, "category": category, "category_key": category_key}
+        self._choice: dict[str, Any] = {
+            name: value for name, value in chosen.items() if value is not None
+        }
+        self._deduplicate = deduplicate
+        if self._choice and set(self.sources.values()) <= set(shipped_prompts()):
+            raise ValueError(
+                f"`{next(iter(self._choice))}` is for files given by their paths; shipped lists "
+                "are taken whole. Leave it out."
+            )
 
     def setup(self, stage: str) -> None:
         """Open the files that the stage needs, so that a broken one is told of at once."""
         evaluation = {"fit": "val", "validate": "val"}.get(stage, "test")
         training = [split for split in self.sources if split.startswith("train")]
         splits = [*training, evaluation] if stage == "fit" else [evaluation]
-        self.files = {split: PromptFile(self.sources[split]) for split in splits}
+        self.files = {split: self._open(split) for split in splits}
         self._loader(evaluation)  # refuses prompts that cannot be dealt out, before any work
         if stage == "fit" and self.pairs is not None:
             self.pairs.setup(stage)
+
+    def _open(self, split: str) -> PromptFile:
+        source, part = self.sources[split], "all"
+        if self.held_out and source == self.sources["train"]:
+            part = "train" if split == "train" else "held_out"
+        return PromptFile(
+            source,
+            **({} if source in shipped_prompts() else self._choice),
+            deduplicate=self._deduplicate,
+            held_out=self.held_out if part != "all" else 0.0,
+            part=part,
+        )
 
     def _loader(self, split: str, shuffle: bool = False) -> PromptLoader:
         prompts: Sequence[Prompt] = self.files[split]
@@ -298,3 +262,22 @@ class PromptDataModule(LightningDataModule):
     def predict_dataloader(self) -> PromptLoader:
         """Return the test prompts in the file's order."""
         return self._loader("test")
+
+
+def _check_held_out(train: str | dict[str, str], val: str | None, held_out: float) -> None:
+    if not 0 <= held_out < 1:
+        raise ValueError(f"`held_out` must be a share in [0, 1), got {held_out}.")
+    if val is not None and held_out:
+        raise ValueError(
+            f"`held_out: {held_out}` sets validation prompts apart from `train`, and `val` names "
+            f"others, {val!r}; leave out one of the two."
+        )
+    if val is None and not held_out:
+        raise ValueError(
+            "`val` is missing; give a shipped list or a prompts file, or `held_out: 0.1` to hold "
+            "out a tenth of `train`."
+        )
+    if val is None and isinstance(train, dict):
+        raise ValueError(
+            "`held_out` splits one file, and `train` names several; give `val` a file of its own."
+        )
