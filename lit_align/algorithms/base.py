@@ -221,7 +221,8 @@ class AlignmentModule(LightningModule, ABC):
         return call_reward(reward, images, batch, self.reward_timeout).to(self.device)
 
     def gathered(self, values: Tensor) -> Tensor:
-        """Return the values of all processes [W * B, ...], rank by rank."""
+        """Return the values of all processes [W * B, ...], rank by rank, on the device."""
+        values = values.to(self.device)  # prompts' numbers are made on the CPU
         if self.trainer.world_size == 1:
             return values
         everywhere: Any = self.all_gather(values)

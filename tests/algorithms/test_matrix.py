@@ -45,6 +45,16 @@ def cases(names):
 all_methods = pytest.mark.parametrize(("name", "family", "train", "steps"), cases(METHODS))
 
 
+@pytest.mark.gpu
+@all_methods
+def test_a_round_on_cuda(name, family, train, steps):
+    """Nothing of a round stays on the CPU that meets the rest."""
+    module = make_method(name, family, train)
+    trainer = fit(module, val=True, accelerator="gpu", max_epochs=2)
+    assert trainer.global_step > 0
+    assert all(p.isfinite().all() for p in weights(module, True).values())
+
+
 def test_every_method_is_here():
     public = [getattr(algorithms, name) for name in algorithms.__all__]
     methods = {
