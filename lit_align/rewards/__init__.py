@@ -10,6 +10,7 @@ from lit_align.rewards.image_reward import ImageReward
 from lit_align.rewards.jpeg import JPEGCompressibility
 from lit_align.rewards.judges import VLMJudge
 from lit_align.rewards.learned import LearnedReward, ShapesPreference
+from lit_align.rewards.mps import MPS
 from lit_align.rewards.ocr import OCR
 from lit_align.rewards.pairwise_diversity import PairwiseDiversityReward
 from lit_align.rewards.parity import DistributionParity
@@ -21,6 +22,7 @@ from lit_align.rewards.towers import BLIPRewardTower, CLIPRewardTower, RewardTow
 from lit_align.rewards.weighted import WeightedReward
 
 __all__ = [
+    "MPS",
     "OCR",
     "AestheticScore",
     "BLIPRewardTower",

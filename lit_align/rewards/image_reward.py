@@ -144,8 +144,9 @@ class ImageReward(PretrainedReward):
         super().__init__(dtype=dtype, scale=scale)
         if model is None:
             path = checkpoint_file(pretrained, "ImageReward.pt")
+            weights = read_weights(path)  # first, as the file may be wrong
             model = ImageRewardNetwork()
-            model.load_original(read_weights(path), repr(str(path)))
+            model.load_original(weights, repr(str(path)))
         longest = int(model.text.config.max_position_embeddings)
         if not 2 <= max_tokens <= longest:
             raise ValueError(f"`max_tokens` must be 2 to {longest}, got {max_tokens}.")
