@@ -39,7 +39,8 @@ class Composition(RewardModule):
     NaN. Range [0, 1].
 
     Args:
-        detector: See `Detector`; by default that of the shapes world.
+        detector: See `Detector`; by default that of the shapes world. For photographs and any
+            other picture `detectors.OpenVocabularyDetector`, whose objects are names.
     """
 
     needs_prompt = True

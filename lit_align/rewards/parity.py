@@ -45,7 +45,9 @@ class DistributionParity(RewardModule):
     for rare classes, negative for frequent ones, 0 on average, so that means are still -SP.
 
     Args:
-        classifier: See `Classifier`.
+        classifier: See `Classifier`: `ShapesColor` in the shapes world; of people
+            `skin_tone.SkinToneClassifier` and `skin_tone.ImageClassifier`, whose errors differ
+            between groups.
         scope: "group" counts the images of one prompt draw (all images if there are no groups),
             "batch" those of the whole batch, over all processes.
         credit: "shared" or "marginal".

@@ -12,6 +12,7 @@ from lit_align.rewards import Composition
 from lit_align.rewards.detectors import OpenVocabularyDetector, OpenVocabularyFaces
 from lit_align.rewards.skin_tone import SkinToneClassifier
 from lit_align.shapes.tokens import tokenizer_options
+from tests.rewards.plain_values import from_yaml
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,21 @@ def test_a_folder_is_opened(network, tokenizer, detector, tmp_path):
     images = torch.rand(1, 3, 32, 32)
     opened = OpenVocabularyDetector(str(tmp_path / "net"))
     close(opened(images, [["circle"]]), detector(images, [["circle"]]))
+
+
+def test_the_command_line_opens_them_from_plain_values(network, tokenizer, detector, tmp_path):
+    network.save_pretrained(tmp_path / "net")
+    tokenizer.save_pretrained(tmp_path / "net")
+    options = f"{{pretrained: {tmp_path}/net}}"
+    opened = f"{{class_path: detectors.OpenVocabularyDetector, init_args: {options}}}"
+    images, known = torch.rand(2, 3, 32, 32), [{"objects": ["circle"]}] * 2
+    shown = from_yaml(f"{{class_path: Composition, init_args: {{detector: {opened}}}}}")
+    expected = Composition(detector)(images, [""] * 2, known)
+    torch.testing.assert_close(shown(images, [""] * 2, known), expected)
+    faces = f"{{class_path: detectors.OpenVocabularyFaces, init_args: {{detector: {opened}}}}}"
+    tones = f"{{class_path: skin_tone.SkinToneClassifier, init_args: {{face_detector: {faces}}}}}"
+    parity = from_yaml(f"{{class_path: DistributionParity, init_args: {{classifier: {tones}}}}}")
+    assert parity(images, [""] * 2).shape == (2,)
 
 
 def test_bad_options_are_refused(network, tokenizer):

@@ -19,6 +19,7 @@ from lit_align.hub import CheckpointError
 from lit_align.metrics.diversity import PairwiseDiversity
 from lit_align.rewards import PairwiseDiversityReward
 from lit_align.rewards.embedders import CLIPEmbedder, DreamSimEmbedder
+from tests.rewards.plain_values import from_yaml
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2, "projection_dim": 8}  # fmt: skip
@@ -74,6 +75,12 @@ def test_a_clip_of_images_and_text_serves_as_well(tmp_path):
     opened, given = CLIPEmbedder(str(tmp_path / "clip")), CLIPEmbedder(model=model)
     images = torch.rand(2, 3, 40, 32)
     torch.testing.assert_close(opened(images), given(images))
+    reward = from_yaml(
+        "{class_path: PairwiseDiversityReward, init_args: {embedder: {class_path: "
+        f"embedders.CLIPEmbedder, init_args: {{pretrained: {tmp_path}/clip}}}}}}}}"
+    )
+    cosine = (given(images[:1]) * given(images[1:])).sum()
+    torch.testing.assert_close(reward(images, ["a"] * 2), (1 - cosine).expand(2))
     assert not any("text" in name for name, _ in opened.named_parameters())
 
 

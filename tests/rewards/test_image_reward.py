@@ -12,6 +12,7 @@ from lit_align.hub import CheckpointError
 from lit_align.rewards import ImageReward, image_reward
 from lit_align.rewards.base import checked_scores
 from lit_align.rewards.image_reward import ImageRewardNetwork, renamed
+from tests.rewards.plain_values import from_yaml
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "square"]
 VISION = {
@@ -163,7 +164,11 @@ def test_it_opens_a_file_in_the_released_layout(network, tokenizer, tmp_path, mo
     for sizes, options in (("_VISION", VISION), ("_TEXT", TEXT)):
         monkeypatch.setattr(image_reward, sizes, getattr(image_reward, sizes) | options)
     opened = ImageReward(pretrained=str(tmp_path), tokenizer=tokenizer)
-    again = ImageReward(pretrained=str(tmp_path / "ImageReward.pt"), tokenizer=tokenizer)
+    tokenizer.save_pretrained(tmp_path / "bert")
+    again = from_yaml(
+        f"{{class_path: ImageReward, init_args: {{pretrained: {tmp_path}/ImageReward.pt, "
+        f"tokenizer: {tmp_path}/bert, scale: standardised, max_tokens: 35, dtype: float32}}}}"
+    )
     images, prompts = torch.rand(2, 3, 32, 32), ["a red circle", "a blue square"]
     torch.testing.assert_close(opened(images, prompts), again(images, prompts), rtol=0, atol=0)
 

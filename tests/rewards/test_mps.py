@@ -14,6 +14,7 @@ from lit_align.rewards import MPS, mps
 from lit_align.rewards.base import checked_scores
 from lit_align.rewards.mps import CONDITION, CrossModel, MPSNetwork, relevance, rotary
 from lit_align.shapes.tokens import tokenizer_options
+from tests.rewards.plain_values import from_yaml
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2}  # fmt: skip
@@ -106,12 +107,14 @@ def test_released_files_are_opened(network, options, tokenizer, tmp_path, monkey
     weights = original(network, "mps.")
     save_file(weights, tmp_path / "model.safetensors")
     torch.save({n.removeprefix("mps."): w for n, w in weights.items()}, tmp_path / "overall.pth")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    folder = MPS(checkpoint=str(tmp_path), tokenizer=tokenizer)
+    file = from_yaml(
+        f"{{class_path: MPS, init_args: {{checkpoint: {tmp_path}/overall.pth, "
+        f"tokenizer: {tmp_path}/clip, scale: cosine, threshold: 0.3}}}}"
+    )
     images = torch.rand(4, 3, 32, 32)
-    scores = [
-        MPS(checkpoint=str(path), tokenizer=tokenizer)(images, PROMPTS)
-        for path in (tmp_path, tmp_path / "overall.pth")
-    ]
-    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=0)
+    torch.testing.assert_close(folder(images, PROMPTS), file(images, PROMPTS), rtol=0, atol=0)
 
 
 # The joining layers.

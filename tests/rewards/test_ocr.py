@@ -26,6 +26,7 @@ from lit_align.rewards.ocr import (
     text_match,
     wanted_text,
 )
+from tests.rewards.plain_values import from_yaml
 
 
 class Reads(torch.nn.Module):
@@ -221,6 +222,18 @@ def test_got_ocr_writes_what_its_own_example_writes(network, processor):
         expected.append(processor.decode(answer, skip_special_tokens=True))
     assert texts == expected
     assert len(set(texts)) > 1
+
+
+def test_the_command_line_opens_it_from_plain_values(network, processor, tmp_path):
+    network.save_pretrained(tmp_path / "got")
+    processor.save_pretrained(tmp_path / "got")
+    reward = from_yaml(
+        "{class_path: OCR, init_args: {exact: true, recognizer: {class_path: ocr.GOTOCRRecognizer, "
+        f"init_args: {{pretrained: {tmp_path}/got, max_new_tokens: 3}}}}}}}}"
+    )
+    assert reward.name == "OCR-exact"
+    scores = reward(torch.rand(2, 3, 64, 64), ['a "sign"', "a sign"])
+    assert scores.isnan().tolist() == [False, True]
 
 
 def test_bad_got_ocr_options_are_refused(network):

@@ -16,6 +16,7 @@ from lit_align.rewards.skin_tone import (
     cielab,
     skin_mask,
 )
+from tests.rewards.plain_values import from_yaml
 
 # sRGB under D65, as colour tables list them (CIE 15, IEC 61966-2-1).
 LAB = {
@@ -194,10 +195,15 @@ def test_a_folder_is_opened_and_parity_counts_its_classes(network, processor, tm
     network.save_pretrained(tmp_path / "net")
     processor.save_pretrained(tmp_path / "net")
     opened = ImageClassifier(str(tmp_path / "net"), classes=["young", "old"])
+    told = from_yaml(
+        "{class_path: DistributionParity, init_args: {classifier: {class_path: "
+        f"skin_tone.ImageClassifier, init_args: {{pretrained: {tmp_path}/net, "
+        "classes: [young, old]}}}}"
+    )
     images = torch.rand(6, 3, 16, 16)
     labels = opened(images, [""] * 6, None).argmax(1)
     share = (labels == 0).float().mean().item()
-    scores = DistributionParity(opened)(images, [""] * 6)
+    scores = told(images, [""] * 6)
     torch.testing.assert_close(scores, torch.full((6,), -abs(share - 0.5) * 2**0.5))
 
 
