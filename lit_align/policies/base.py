@@ -85,29 +85,15 @@ class DiffusionPolicy(LatentSpace, ABC):
                 f"`dtype: {dtype}` is for frozen weights; to train the whole denoiser, keep "
                 "`dtype: float32` and set `trainer.precision: bf16-mixed`."
             )
+        self._texts = TextCache(cache_text, offload_text_encoders)
         if isinstance(pretrained, str):
             pipeline: Any = loading.load_pipeline(pretrained, self.pipeline_class)
         else:
             pipeline = pretrained
         self.pretrained = pretrained if isinstance(pretrained, str) else type(pipeline).__name__
         self.train_mode = train
-        # The pipeline is no module; its parts are, and both views share them.
-        self.pipeline = pipeline
-        self.denoiser: Any = getattr(pipeline, self.denoiser_name)
-        self.vae: Any = pipeline.vae
+        self._take_parts(pipeline)
         self._check_pipeline()
-        self._texts = TextCache(cache_text, offload_text_encoders)
-        encoders = nn.ModuleList(
-            module
-            for name, module in sorted(pipeline.components.items())
-            if name.startswith("text_encoder") and module is not None
-        )
-        encoders.requires_grad_(False).eval()
-        if offload_text_encoders:
-            object.__setattr__(self, "text_encoders", encoders.cpu())
-        else:
-            self.text_encoders = encoders
-        self.requires_grad_(False).eval()
         if dtype is not None:
             self._cast_frozen(loading.torch_dtype(dtype))
         self.set_image_size(image_size)
@@ -149,6 +135,24 @@ class DiffusionPolicy(LatentSpace, ABC):
             offload_text_encoders=offload_text_encoders,
         )  # fmt: skip
         return policy
+
+    def _take_parts(self, pipeline: Any) -> None:
+        """Hold the pipeline's networks, frozen."""
+        # The pipeline is no module; its parts are, and both views share them.
+        self.pipeline = pipeline
+        self.denoiser: Any = getattr(pipeline, self.denoiser_name)
+        self.vae: Any = pipeline.vae
+        encoders = nn.ModuleList(
+            module
+            for name, module in sorted(pipeline.components.items())
+            if name.startswith("text_encoder") and module is not None
+        )
+        if self._texts.offload:
+            object.__setattr__(self, "text_encoders", encoders.cpu())
+        else:
+            self.text_encoders = encoders
+        for networks in (self, encoders):
+            networks.requires_grad_(False).eval()
 
     def _check_pipeline(self) -> None:
         """Raise ValueError for pipelines of the family's class that work in another way."""
