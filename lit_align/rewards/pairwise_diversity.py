@@ -21,7 +21,8 @@ class PairwiseDiversityReward(RewardModule):
 
     Args:
         embedder: Maps images [B, 3, H, W] in [0, 1] to embeddings [B, D], by `embed_images` if it
-            has that, else by its forward.
+            has that, else by its forward: `ShapesCLIP` in the shapes world, else
+            `embedders.CLIPEmbedder` or `embedders.DreamSimEmbedder`.
         scope: "group" compares the images of one prompt draw (all images if there are no groups),
             "batch" those of the whole batch, over all processes, whose batches must be of one
             size.
