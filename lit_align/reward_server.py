@@ -75,11 +75,14 @@ class FailedRequestError(Exception):
         status: HTTP status.
         kind: Its type in the answer.
         message: What is wrong.
+        headers: Of the answer.
     """
 
-    def __init__(self, status: int, kind: str, message: str) -> None:
+    def __init__(
+        self, status: int, kind: str, message: str, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.message = status, kind, message
+        self.status, self.kind, self.message, self.headers = status, kind, message, headers
 
 
 def serve_reward(
@@ -208,7 +211,7 @@ def _tell_failures(app: Any) -> None:
 
     @app.exception_handler(FailedRequestError)
     async def failed(request: Request, error: FailedRequestError) -> Response:
-        return _answer(error_answer(error.kind, error.message), error.status)
+        return _answer(error_answer(error.kind, error.message), error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
@@ -220,10 +223,10 @@ def _tell_failures(app: Any) -> None:
         return _answer(error_answer("server_failed", f"{type(error).__name__}: {error}"), 500)
 
 
-def _answer(body: bytes, status: int = 200) -> Any:
+def _answer(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Any:
     from fastapi import Response
 
-    return Response(body, status, media_type="application/json")
+    return Response(body, status, headers, media_type="application/json")
 
 
 def _check_pointwise(reward: RewardModule) -> None:
@@ -291,17 +294,15 @@ async def read_body(request: Any, limit: int) -> bytes:
     Raises:
         FailedRequestError: With 413 if there are more.
     """
-    too_large = FailedRequestError(
-        413, "too_large", f"the request has more than {limit} bytes; send fewer images at a time"
-    )
+    told = f"the request has more than {limit} bytes; send fewer images at a time"
     declared = request.headers.get("content-length", "0")
     if not declared.isdigit() or int(declared) > limit:
-        raise too_large
+        raise FailedRequestError(413, "too_large", told)  # the rest is read and forgotten
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > limit:
-            raise too_large
+        if len(body) > limit:  # nobody said how many would come
+            raise FailedRequestError(413, "too_large", told, {"Connection": "close"})
     return bytes(body)
 
 
