@@ -1,13 +1,32 @@
-"""Memory that operators take, counted as they run, on real tensors and on the meta device."""
+"""Memory and floating-point operations, counted as operators run, with or without real tensors.
+
+`LiveBytes` counts bytes. `Trace` also counts operations and lets networks on the meta device, whose
+tensors have shapes and no values, take part in a program that runs on the CPU: what enters such a
+network leaves its values behind, and what comes out has made-up ones. So samplers, rewards and
+losses run as they are, at the networks' full size and without their memory.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lit_align.policies import sampling
+from lit_align.policies.base import DiffusionPolicy
+
+Fill = Callable[..., Tensor]  # of a shape and a dtype
+_META = torch.device("meta")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -42,3 +61,268 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, address: int, size: int) -> None:
         self._seen.remove(address)
         self.live -= size
+
+
+class Trace(LiveBytes):
+    """Counts bytes by phase and operations, of a program whose large networks are on meta.
+
+    Attributes:
+        peaks: The most bytes alive in each phase, of what was made since the trace is active.
+        flops: Operations of matrix products, convolutions and attention in each phase, a
+            multiplication and an addition being two.
+        phase: Where the program is, see `during`.
+        inside: Whether it is in a network on the meta device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peaks: defaultdict[str, int] = defaultdict(int)
+        self.flops: defaultdict[str, int] = defaultdict(int)
+        self.phase, self.inside = "", False
+        self._uncounted = False
+        self._known: dict[Any, tuple[int, int, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and count its operations."""
+        output = super().__torch_dispatch__(func, types, args, kwargs)
+        packet = getattr(func, "_overloadpacket", func)
+        if formula := flop_registry.get(packet) or _ATTENTION.get(packet):
+            self.flops[self.phase] += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+    def _see(self, tensors: Any, counted: bool) -> None:
+        super()._see(tensors, counted and not self._uncounted)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.live)
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Count for a phase."""
+        before, self.phase = self.phase, phase
+        self.peaks[phase] = max(self.peaks[phase], self.live)
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def crossing(self, function: Callable[..., Any], name: str, fill: Fill | None = None) -> Any:
+        """Return what calls `function` on the meta device, and may be given real tensors.
+
+        What was called before with the same shapes and without gradient is not called again, but
+        counted.
+
+        Args:
+            function: Has its weights there.
+            name: Of the function, to remember its calls by.
+            fill: Makes the values of an output of a meta tensor; zeros by default.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return function(*args, **kwargs)
+            key = (name, torch.is_grad_enabled(), _shapes((args, kwargs)))
+            if not torch.is_grad_enabled() and key in self._known:
+                return self._recalled(*self._known[key], fill)
+            live, flops = self.live, self.flops[self.phase]
+            peak, self.peaks[self.phase] = self.peaks[self.phase], live
+            self.inside = True
+            try:
+                found = function(*tree_map(self._enter, args), **tree_map(self._enter, kwargs))
+            finally:
+                self.inside = False
+            excess = self.peaks[self.phase] - live
+            self.peaks[self.phase] = max(peak, self.peaks[self.phase])
+            with self.uncounted():
+                shapes = tree_map(_shape_only, found)
+            self._known[key] = (excess, self.flops[self.phase] - flops, shapes)
+            return tree_map(lambda value: self._emerge(value, fill), found)
+
+        return call
+
+    def _recalled(self, excess: int, flops: int, shapes: Any, fill: Fill | None) -> Any:
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.live + excess)
+        self.flops[self.phase] += flops
+        make = fill or _zeros
+        return tree_map(lambda v: make(v.shape, v.dtype) if isinstance(v, Tensor) else v, shapes)
+
+    def _enter(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.device == _META:
+            return value
+        return _Cross.apply(value, self, None)
+
+    def _emerge(self, value: Any, fill: Fill | None) -> Any:
+        if not isinstance(value, Tensor) or value.device != _META:
+            return value
+        return _Cross.apply(value, self, fill or _zeros)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Count nothing of what is made meanwhile."""
+        self._uncounted = True
+        try:
+            yield
+        finally:
+            self._uncounted = False
+
+
+class _Cross(torch.autograd.Function):
+    """Takes a tensor from the CPU to the meta device or back; both count as one.
+
+    The original lives as long as its copy, which is not counted. Its gradient crosses the other
+    way, and so does that one's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, trace: Trace, fill: Fill | None) -> Tensor:
+        ctx.trace, ctx.back = trace, None if value.device == _META else _zeros
+        with trace.uncounted():
+            if value.device == _META:
+                copy = (fill or _zeros)(value.shape, value.dtype)
+            else:
+                copy = torch.empty_like(value, device=_META)
+        weakref.finalize(copy.untyped_storage(), _forget, value.detach())
+        return copy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _Cross.apply(gradients[0], ctx.trace, ctx.back), None, None
+
+
+def _forget(original: Tensor) -> None:
+    """Do nothing: what is waiting for this call keeps the original until then."""
+
+
+def _zeros(shape: Any, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _shapes(values: Any) -> Any:
+    def told(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.dtype
+        return value if isinstance(value, int | float | str | bool | None) else type(value).__name__
+
+    return tuple(map(told, tree_leaves(values)))
+
+
+def _shape_only(value: Any) -> Any:
+    return torch.empty_like(value, device=_META) if isinstance(value, Tensor) else value
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward_flops(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION: dict[Any, Callable[..., int]] = {
+    _FUSED: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+_LOWERED = {
+    torch.nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.mm,
+    torch.bmm, torch.addmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__,
+    torch.nn.functional.scaled_dot_product_attention,
+}  # fmt: skip
+_RAISED = {
+    torch.nn.functional.layer_norm, torch.nn.functional.group_norm, torch.nn.functional.softmax,
+    torch.softmax, Tensor.softmax, torch.exp, torch.pow, Tensor.pow, torch.sum, Tensor.sum,
+    torch.nn.functional.mse_loss,
+}  # fmt: skip
+
+
+class GPUOperators(TorchFunctionMode):
+    """Lets meta tensors take the operators that a GPU would: fused attention, and autocast.
+
+    Args:
+        dtype: Of products and convolutions while `lowered`; None without mixed precision.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.dtype, self.lowered = dtype, False
+        self._copies: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function."""
+        kwargs = kwargs or {}
+        on_meta = args and isinstance(args[0], Tensor) and args[0].device == _META
+        if not on_meta:
+            return func(*args, **kwargs)
+        if self.dtype is not None and self.lowered and func in _LOWERED:
+            args, kwargs = tree_map(self._lower, (args, kwargs))
+        elif self.dtype is not None and self.lowered and func in _RAISED:
+            args, kwargs = tree_map(_raise, (args, kwargs))
+        fused = torch.backends.cuda.flash_sdp_enabled()  # off where a second derivative is wanted
+        if func is torch.nn.functional.scaled_dot_product_attention and fused:
+            return _fused_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _lower(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if value.is_leaf and value.requires_grad and value.dtype == torch.float32:
+            # Autocast keeps its copies of weights that are trained until its context ends.
+            if id(value) not in self._copies:
+                self._copies[id(value)] = value.to(self.dtype)
+            return self._copies[id(value)]
+        return value.to(self.dtype)
+
+    @contextmanager
+    def autocast(self, *_: Any, enabled: bool = True, **__: Any) -> Iterator[None]:
+        """Stand in for `torch.autocast`."""
+        before, self.lowered = self.lowered, enabled and self.dtype is not None
+        try:
+            yield
+        finally:
+            self.lowered = before
+            if not before:
+                self._copies = {}
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Stand in for `torch.utils.checkpoint.checkpoint`: backward leaves modes behind."""
+        lowered = self.lowered
+
+        def call(*inner: Any, **more: Any) -> Any:
+            active = self in _get_current_function_mode_stack()
+            with nullcontext() if active else self, self.autocast(enabled=lowered):
+                return function(*inner, **more)
+
+        return _CHECKPOINT(call, *args, **options)
+
+
+_CHECKPOINT: Any = sampling.checkpoint
+
+
+def _raise(value: Any) -> Any:
+    lowered = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if lowered else value
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, **_: Any,
+) -> Any:  # fmt: skip
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    return _FUSED(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+@contextmanager
+def tracing(trace: Trace, operators: GPUOperators) -> Iterator[None]:
+    """Run a program with `trace`; policies tell the device that their callers should use."""
+    device = property(lambda _: _META if trace.inside else torch.device("cpu"))
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(DiffusionPolicy, "device", device))
+        stack.enter_context(patch("torch.autocast", operators.autocast))
+        stack.enter_context(patch.object(sampling, "checkpoint", operators.checkpoint))
+        stack.enter_context(patch("torch.utils.checkpoint.checkpoint", operators.checkpoint))
+        stack.enter_context(operators)
+        stack.enter_context(trace)
+        yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -197,5 +197,9 @@ def without_weights(
         return build_pipeline(pretrained, device, dtype)
 
     opened = "lit_align.policies.loading"
-    with patch(f"{opened}._index", index), patch(f"{opened}.load_pipeline", load):
+    with ExitStack() as stack:
+        stack.enter_context(patch(f"{opened}._index", index))
+        stack.enter_context(patch(f"{opened}.load_pipeline", load))
+        if torch.device(device).type == "meta":  # encoders that wait on the CPU stay where they are
+            stack.enter_context(patch.object(torch.nn.ModuleList, "cpu", lambda module: module))
         yield

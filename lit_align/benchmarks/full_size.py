@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_map
 from lit_align import algorithms
 from lit_align.algorithms.online import OnlineModule
 from lit_align.architectures import without_weights
+from lit_align.costs import Setting, estimate
 from lit_align.data.prompts import PromptFile, PromptLoader
 from lit_align.policies import DiffusionPolicy
 from lit_align.rewards import Colorfulness
@@ -248,7 +249,12 @@ def full_size(
     module = build(device)
     print(f"built on {_name(device)} in {time.perf_counter() - started:.1f} s", flush=True)
     measured = _run(module, accumulate_grad_batches, precision, device)
-    row: dict[str, Any] = {**settings, "device": _name(device), **_derived(measured, settings)}
+    del module
+    setting = Setting(precision, accumulate_grad_batches, batch_size=1)
+    row: dict[str, Any] = {
+        **settings, "device": _name(device), **_derived(measured, settings),
+        **_estimated(build("meta"), setting),
+    }  # fmt: skip
     for name, value in row.items():
         print(f"{name:<28} {value}", flush=True)
     if output is not None:
@@ -320,6 +326,21 @@ def _derived(measured: dict[str, float], settings: dict[str, Any]) -> dict[str, 
     found["seconds_per_update"] = round(measured["update_seconds"] / updates, 4)
     ratio = measured["recorded_round_seconds"] / measured["bare_seconds"]
     return {**found, "updates": updates, "overhead_ratio": round(ratio, 3)}
+
+
+def _estimated(module: Any, setting: Setting) -> dict[str, float]:
+    """Return the peaks that a dry run of the module estimates."""
+    found = estimate(module, setting)
+    resident = sum(found.resident.values())
+    update = {"update", "stepping"}
+    others = [peak for phase, peak in found.peaks.items() if phase not in {*update, "validation"}]
+    peaks = {
+        "collect": max(others), "update": max(found.peaks[phase] for phase in update)
+    }  # fmt: skip
+    return {
+        f"estimated_{name}_peak_gib": round((resident + peak) / _GIB, 3)
+        for name, peak in peaks.items()
+    }
 
 
 def _name(device: str) -> str:
