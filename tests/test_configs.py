@@ -145,9 +145,20 @@ def plans_of(options):
 # Of a round: images, updates, and on how many GPUs it also runs.
 ROUNDS = {
     "ddpo/sd15_jpeg.yaml": (256, 4, (1, 8)),
+    "ddpo/sd14_aesthetic.yaml": (256, 2, (1, 8)),
+    "ddpo/sd14_alignment.yaml": (288, 2, (1, 6)),
     "ddpo/sd14_grpo.yaml": (512, 2, (1, 8)),
-    "tdpo/sd14_jpeg.yaml": (256, 100, (1, 8)),
-    "large_scale_rl/sd2_multi.yaml": (2048, 5, (1, 8, 64)),
+    "ddpo/sdxl_aesthetic.yaml": (256, 2, (1, 8)),
+    "ddpo/sdxl_pickscore.yaml": (256, 2, (1, 8)),
+    **{
+        f"tdpo/sd14_{reward}{reset}.yaml": (256, 100, (1, 8))
+        for reward in ("aesthetic", "hpsv2", "pickscore")
+        for reset in ("", "_reset")
+    },
+    **{
+        f"large_scale_rl/sd2_{task}.yaml": (2048, 5, (1, 8, 64))
+        for task in ("imagereward", "composition", "fairness", "multi")
+    },
 }
 
 
@@ -288,23 +299,33 @@ def test_headers_of_flow_grpo_tell_the_arithmetic_of_a_round(path, capsys):
     assert pairs % size == 0
 
 
-def test_neurons_are_reset_every_ten_rounds_as_in_the_paper(capsys):
-    callbacks = parsed(ROOT / "configs/tdpo/sd14_jpeg.yaml", capsys)["trainer"]["callbacks"]
+RESETS = sorted((ROOT / "configs" / "tdpo").glob("sd14_*_reset.yaml"))
+
+
+@pytest.mark.parametrize("path", RESETS, ids=ids)
+def test_neurons_are_reset_every_ten_rounds_as_in_the_paper(path, capsys):
+    callbacks = parsed(path, capsys)["trainer"]["callbacks"]
     (reset,) = (
         c["init_args"] for c in callbacks if c["class_path"].endswith("NeuronResetCallback")
     )
-    _, updates, worlds = ROUNDS["tdpo/sd14_jpeg.yaml"]
+    _, updates, worlds = ROUNDS[ids(path)]
     assert reset["every_n_steps"] == 10 * updates
     assert reset["probe_size"] * worlds[-1] == 64
 
 
-def test_commented_tasks_can_be_taken_in(tmp_path, capsys):
-    text = (ROOT / "configs/large_scale_rl/sd2_multi.yaml").read_text()
-    text = re.sub(r"(?m)^( +)# ", r"\1", text)
-    text = re.sub(r"my_package\.\w+", "torch.nn.Identity", text)
-    path = tmp_path / "all.yaml"
-    path.write_text(text)
-    printed = parsed(path, capsys)
+@pytest.mark.parametrize("path", RESETS, ids=ids)
+def test_tdpo_without_resets_differs_by_nothing_else(path, capsys):
+    printed = [parsed(p, capsys) for p in (path, path.with_name(path.name.replace("_reset", "")))]
+    callbacks = [p["trainer"].pop("callbacks") for p in printed]
+    names = [p.pop("name") for p in printed]
+    assert printed[0] == printed[1]
+    kept = [c for c in callbacks[0] if not c["class_path"].endswith("NeuronResetCallback")]
+    assert kept == callbacks[1]
+    assert names[0] == names[1].replace("tdpo_", "tdpo-r_")
+
+
+def test_tasks_of_large_scale_rl_are_those_of_the_paper(capsys):
+    printed = parsed(ROOT / "configs/large_scale_rl/sd2_multi.yaml", capsys)
     plans = plans_of(printed["model"]["init_args"])
     assert list(plans) == list(printed["data"]["init_args"]["train"])
     assert list(plans) == ["preference", "composition", "fairness"]
@@ -314,10 +335,42 @@ def test_commented_tasks_can_be_taken_in(tmp_path, capsys):
     options = printed["model"]["init_args"]
     assert (options["pretraining"], options["pretraining_steps"]) == ("separate", 1)
     assert options["pretraining_batch_size"] * accumulate == 2048
-    for plan in plans.values():
-        plan.check(accumulate)
-        assert plan.minibatches // accumulate == 5
-        dataclasses.replace(plan, world_size=64).check(accumulate // 64)
+
+
+# Runs of models from the hub.
+REAL = [
+    path for path in CONFIGS if re.search(r"pretrained: [\w-]+/[\w.-]+[\n,}]", path.read_text())
+]
+
+
+@pytest.mark.parametrize("path", REAL, ids=ids)
+def test_rewards_that_watch_are_not_the_trained_one(path, capsys):
+    printed = parsed(path, capsys)
+    options = printed["model"]["init_args"]
+    trained = {task["reward"]["class_path"] for task in (options.get("tasks") or {}).values()}
+    if options.get("reward"):
+        trained.add(options["reward"]["class_path"])
+        terms = options["reward"].get("init_args", {}).get("rewards") or {}
+        trained |= {term["class_path"] for term in terms.values()}
+    watching = {reward["class_path"] for reward in (options.get("eval_rewards") or {}).values()}
+    assert not trained & watching
+    assert watching or "RewardModeling" in printed["model"]["class_path"]
+    assert printed["name"].endswith(path.stem.removesuffix("_reset")) or "grpo" in printed["name"]
+
+
+@pytest.mark.parametrize("path", REAL, ids=ids)
+def test_prompts_are_shipped_and_held_out(path, capsys):
+    """So that a run starts; which prompts the paper has is told by the header."""
+    options = parsed(path, capsys)["data"]["init_args"]
+    prompts = options if "format" not in options else (options["prompts"] or {}).get("init_args")
+    if prompts is None:
+        return
+    train = prompts["train"]
+    train = list(train.values()) if isinstance(train, dict) else [train]
+    held_out = {text for text, _ in PromptFile(prompts["val"])}
+    # DDPO and those after it evaluate on the animals that they train on.
+    if prompts["val"] != "simple-animals":
+        assert not any(text in held_out for source in train for text, _ in PromptFile(source))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=ids)
