@@ -38,8 +38,16 @@ OUTSIDE = {
     "shapes": {"torch", "numpy", "PIL"},
     "hub": {"huggingface_hub"},
     "schedulers": {"torch", "diffusers"},
-    "rewards": {"torch", "transformers", "open_clip", "PIL", "safetensors", "httpx", "rapidocr",
-                "dreamsim"},
+    "rewards": {
+        "torch",
+        "transformers",
+        "open_clip",
+        "PIL",
+        "safetensors",
+        "httpx",
+        "rapidocr",
+        "dreamsim",
+    },  # fmt: skip
     "metrics": {"torch", "torchmetrics"},
     "data": {"torch", "numpy", "PIL", "lightning"},
     "policies": {"torch", "diffusers", "transformers", "peft", "open_clip", "safetensors"},

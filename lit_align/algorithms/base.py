@@ -96,8 +96,8 @@ class AlignmentModule(LightningModule, ABC):
         self.eval_num_inference_steps = eval_num_inference_steps or num_inference_steps
         self.max_invalid_fraction, self.reward_timeout = max_invalid_fraction, reward_timeout
         self.counters = dict.fromkeys(COUNTERS, 0)
-        self.val_means: Any = nn.ModuleDict(
-            {name: MeanMetric(nan_strategy="ignore") for name in self.rewards}
+        self.val_means: Any = nn.ModuleList(  # no dictionary: names may hold dots, as HPSv2.1
+            MeanMetric(nan_strategy="ignore") for _ in self.rewards
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -222,7 +222,7 @@ class AlignmentModule(LightningModule, ABC):
 
     def gathered(self, values: Tensor) -> Tensor:
         """Return the values of all processes [W * B, ...], rank by rank, on the device."""
-        values = values.to(self.device)  # prompts' numbers are made on the CPU
+        values = values.to(self.device)
         if self.trainer.world_size == 1:
             return values
         everywhere: Any = self.all_gather(values)
@@ -245,8 +245,8 @@ class AlignmentModule(LightningModule, ABC):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Sample and score; what `evaluate` returns goes to the callbacks."""
         outputs = self.evaluate(batch)
-        for name, values in outputs["scores"].items():
-            self.val_means[name].update(values)
+        for mean, values in zip(self.val_means, outputs["scores"].values(), strict=True):
+            mean.update(values)
         return outputs
 
     def on_validation_epoch_end(self) -> None:
@@ -263,7 +263,7 @@ class AlignmentModule(LightningModule, ABC):
         self._log_means("test")
 
     def _log_means(self, stage: str) -> None:
-        for name, mean in self.val_means.items():
+        for name, mean in zip(self.rewards, self.val_means, strict=True):
             self.log(f"{stage}/reward/{name}", mean.compute())
             mean.reset()
 

@@ -209,3 +209,11 @@ def test_evaluation_in_more_steps_leaves_the_rounds_as_they_are():
     assert module.plan.steps == (0, 1)
     assert trainer.num_training_batches == module.plan.minibatches == 2
     assert trainer.global_step == 2 * 2
+
+
+def test_names_of_rewards_may_hold_dots():
+    class Versioned(Colorfulness):
+        name = "Colour.2.1"
+
+    trainer = fit(make_ddpo(reward=Versioned()), val=True)
+    assert trainer.callback_metrics["val/reward/Colour.2.1"].isfinite()

@@ -68,9 +68,7 @@ def over_optimise(tmp_path, action, *callbacks):
     """Raise brightness while its opposite is held out."""
     module = make_ddpo(reward=Brightness(), prompts_per_round=8, minibatch_size=16, lr=0.02)
     module.rewards = {"Brightness": module.reward, "Darkness": Darkness()}
-    module.val_means = torch.nn.ModuleDict(
-        {name: type(next(iter(module.val_means.values())))() for name in module.rewards}
-    )
+    module.val_means = torch.nn.ModuleList(type(module.val_means[0])() for _ in module.rewards)
     measuring = CrossRewardCallback(diversity_prompts=0, kl_prompts=0)
     stopping = OveroptimizationStopping(window=1, margin=1e-3, action=action)
     options = {"max_epochs": 6, "default_root_dir": tmp_path, "enable_checkpointing": True}

@@ -65,7 +65,7 @@ def check_round(family, precision, accelerator):
     stored = torch.bfloat16 if precision == "bf16-true" else torch.float32
     assert {p.dtype for p in module.policy.denoiser.parameters()} == {stored}
     assert module.critic.weight.dtype == torch.float32
-    assert module.val_means["Witness"].mean_value.dtype == torch.float32
+    assert module.val_means[0].mean_value.dtype == torch.float32
 
     expected = tiny_policy(family).scheduler
     expected.set_timesteps(module.num_inference_steps)

@@ -545,7 +545,9 @@ def test_contract(reward):
     assert not reward(images.clone().requires_grad_(True), texts).requires_grad
     assert not any(module.training for module in reward.train().children())
     module = SimpleNamespace(
-        device=torch.device("cpu"), policy=SimpleNamespace(pixel_shape=(3, 32, 32)), score=call_reward
+        device=torch.device("cpu"),
+        policy=SimpleNamespace(pixel_shape=(3, 32, 32)),
+        score=call_reward,
     )
     _check_reward(module, reward, batch)
     _check_reward(module, reward, None)
