@@ -47,7 +47,7 @@ OUTSIDE = {
         "httpx",
         "rapidocr",
         "dreamsim",
-    },  # fmt: skip
+    },
     "metrics": {"torch", "torchmetrics"},
     "data": {"torch", "numpy", "PIL", "lightning"},
     "policies": {"torch", "diffusers", "transformers", "peft", "open_clip", "safetensors"},

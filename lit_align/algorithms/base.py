@@ -222,10 +222,9 @@ class AlignmentModule(LightningModule, ABC):
 
     def gathered(self, values: Tensor) -> Tensor:
         """Return the values of all processes [W * B, ...], rank by rank, on the device."""
-        values = values.to(self.device)
         if self.trainer.world_size == 1:
-            return values
-        everywhere: Any = self.all_gather(values)
+            return values.to(self.device)
+        everywhere: Any = self.all_gather(values.to(self.device))
         return torch.as_tensor(everywhere.flatten(0, 1))
 
     def globally(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
