@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 
 # Importing them registers the short names of their classes.
-from lit_align import algorithms, callbacks, policies, rewards, schedulers, verbs
+from lit_align import algorithms, callbacks, dry_run, policies, rewards, schedulers, verbs
 from lit_align.algorithms.sharding import FSDP_MESSAGE
 from lit_align.annotate_page import annotate
 from lit_align.callbacks import RNGStateCallback
@@ -60,6 +60,7 @@ class LitAlignCLI(LightningCLI):
         """Add the name of the run."""
         parser.add_argument("--name", type=str, default="run", help="Name of the run's folder.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Holds all runs.")
+        dry_run.add_arguments(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; outside `fit` a checkpoint's hyperparameters are the defaults."""
@@ -89,6 +90,30 @@ class LitAlignCLI(LightningCLI):
         name = strategy if isinstance(strategy, str) else strategy["class_path"].rsplit(".", 1)[-1]
         if name in ("fsdp", "fsdp_cpu_offload", "FSDPStrategy"):
             raise ValueError(FSDP_MESSAGE)
+
+    def instantiate_classes(self) -> None:
+        """Build what is configured, of a dry run without weights; and tell what it would cost.
+
+        Raises:
+            ValueError: If a dry run is asked of another subcommand than `fit`.
+        """
+        config = self.config[self.subcommand]
+        if not config["dry_run"]:
+            return super().instantiate_classes()
+        if self.subcommand != "fit":
+            raise ValueError(
+                f"`--dry_run` is for `fit`, not for `{self.subcommand}`; leave it out."
+            )
+        with dry_run.nothing_opened():
+            built = self.parser.instantiate_classes(self.config)[self.subcommand]
+            trainer = dict(built["trainer"])
+            told = dry_run.dry_run(built["model"], built["data"], trainer, config["dry_run_tflops"])
+        return _say(told)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it, unless that was a dry run."""
+        if not self.config[subcommand]["dry_run"]:
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Give `fit` its run folder, unless loggers were configured."""

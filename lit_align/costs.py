@@ -216,7 +216,7 @@ class _Runner:
         if dtype is not None and how == "true":
             self.plugin = HalfPrecision(setting.precision)  # type: ignore[arg-type]
         elif dtype is not None:
-            self.plugin.forward_context = self.operators.autocast
+            self.plugin.forward_context = self.operators.autocast  # type: ignore[method-assign]
         self.trace = Trace()
         self.trainer = SimpleNamespace(
             world_size=setting.world_size, global_rank=0, global_step=0, current_epoch=0,
@@ -258,6 +258,9 @@ class _Runner:
             own = getattr(policy, name)
             call = own if name == "sample" else trace.crossing(own, name)
             yield policy, name, _within(trace, phases[name], call) if name in phases else call
+        if hasattr(module, "_pull_back"):  # once for each step, with a gradient that ends in it
+            yield module, "_pull_back", trace.repeating(module._pull_back, "pull back", like=2)
+        yield policy, "reference", _on_meta_reference(trace, policy.reference)
         for part in {id(m): m for r in self._scorers() for m in r.modules()}.values():
             if isinstance(part, RewardModule):
                 yield from self._of_reward(part)
@@ -432,6 +435,19 @@ def _within(trace: Trace, phase: str, function: Callable[..., Any]) -> Callable[
             return function(*args, **kwargs)
 
     return call
+
+
+def _on_meta_reference(trace: Trace, own: Any) -> Any:
+    """Return `reference`, which moves the copied weights to where the policy says that it is."""
+
+    @contextmanager
+    def reference() -> Iterator[None]:
+        with ExitStack() as stack:
+            with trace.on_meta():
+                stack.enter_context(own())
+            yield
+
+    return reference
 
 
 def _crossing_features(trace: Trace) -> Callable[..., Any]:

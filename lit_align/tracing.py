@@ -83,7 +83,9 @@ class Trace(LiveBytes):
         self._known: dict[Any, tuple[int, int, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, and count its operations."""
+        """Run an operator, and count its operations; masks are taken to be without gaps."""
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device == _META:
+            return True
         output = super().__torch_dispatch__(func, types, args, kwargs)
         packet = getattr(func, "_overloadpacket", func)
         if formula := flop_registry.get(packet) or _ATTENTION.get(packet):
@@ -119,30 +121,49 @@ class Trace(LiveBytes):
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return function(*args, **kwargs)
-            key = (name, torch.is_grad_enabled(), _shapes((args, kwargs)))
-            if not torch.is_grad_enabled() and key in self._known:
-                return self._recalled(*self._known[key], fill)
-            live, flops = self.live, self.flops[self.phase]
-            peak, self.peaks[self.phase] = self.peaks[self.phase], live
-            self.inside = True
-            try:
-                found = function(*tree_map(self._enter, args), **tree_map(self._enter, kwargs))
-            finally:
-                self.inside = False
-            excess = self.peaks[self.phase] - live
-            self.peaks[self.phase] = max(peak, self.peaks[self.phase])
-            with self.uncounted():
-                shapes = tree_map(_shape_only, found)
-            self._known[key] = (excess, self.flops[self.phase] - flops, shapes)
+            given = tree_map(self._enter, (args, kwargs))
+
+            def enter() -> Any:
+                with self.on_meta():
+                    return function(*given[0], **given[1])
+
+            if torch.is_grad_enabled():
+                found = enter()
+            else:
+                found = self._once((name, _shapes((args, kwargs))), enter)
             return tree_map(lambda value: self._emerge(value, fill), found)
 
         return call
 
-    def _recalled(self, excess: int, flops: int, shapes: Any, fill: Fill | None) -> Any:
-        self.peaks[self.phase] = max(self.peaks[self.phase], self.live + excess)
-        self.flops[self.phase] += flops
-        make = fill or _zeros
-        return tree_map(lambda v: make(v.shape, v.dtype) if isinstance(v, Tensor) else v, shapes)
+    def repeating(self, function: Callable[..., Tensor], name: str, like: int) -> Any:
+        """Return `function`, called once for every shape of its argument number `like`.
+
+        Its results have no gradient; later calls are counted as the first one was.
+        """
+
+        def call(*args: Any) -> Tensor:
+            key = (name, tuple(args[like].shape))
+            found: Tensor = self._once(key, lambda: function(*args))
+            return _zeros(found.shape, found.dtype) if found.device == _META else found
+
+        return call
+
+    def _once(self, key: Any, function: Callable[[], Any]) -> Any:
+        """Call a function, or count what it took before and return tensors of the same shapes."""
+        if key in self._known:
+            excess, flops, shapes = self._known[key]
+            self.peaks[self.phase] = max(self.peaks[self.phase], self.live + excess)
+            self.flops[self.phase] += flops
+            return tree_map(_shape_only, shapes)
+        live, flops = self.live, self.flops[self.phase]
+        peak, self.peaks[self.phase] = self.peaks[self.phase], live
+        found = function()
+        excess = self.peaks[self.phase] - live
+        self.peaks[self.phase] = max(peak, self.peaks[self.phase])
+        with self.uncounted():
+            shapes = tree_map(_shape_only, found)
+        self._known[key] = (excess, self.flops[self.phase] - flops, shapes)
+        return found
 
     def _enter(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.device == _META:
@@ -153,6 +174,15 @@ class Trace(LiveBytes):
         if not isinstance(value, Tensor) or value.device != _META:
             return value
         return _Cross.apply(value, self, fill or _zeros)
+
+    @contextmanager
+    def on_meta(self) -> Iterator[None]:
+        """Let policies say that they are on the meta device."""
+        before, self.inside = self.inside, True
+        try:
+            yield
+        finally:
+            self.inside = before
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def _clip(given: Arguments, pretrained: str, *tokenized: str) -> Arguments:
 def _aesthetic(given: Arguments) -> Arguments:
     version = given.get("version", "v2")
     widths = {"v1": (_CLIP_WIDTH, 1), "v2": (_CLIP_WIDTH, 1024, 128, 64, 16, 1)}[version]
-    head = {}
+    head: Arguments = {}
     for prefix, inner, outer in zip(
         aesthetic._LAYERS[version], widths[:-1], widths[1:], strict=True
     ):
@@ -126,6 +126,8 @@ def networks_without_weights() -> Iterator[None]:
             stack.enter_context(patch.object(kind, "__init__", _given(kind, arguments)))
         for blank in _BLANK:
             stack.enter_context(patch.object(blank, "__init__", _nothing))
+        # Critics try their towers, and there is no autocast for the meta device.
+        stack.enter_context(patch("torch.autocast", lambda *_, **__: nullcontext()))
         yield
 
 
