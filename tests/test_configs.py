@@ -281,6 +281,22 @@ def test_headers_for_flow_matching_tell_the_arithmetic_of_a_round(path, capsys):
         assert val_size <= len(PromptFile(printed["data"]["init_args"]["val"]))
 
 
+@pytest.mark.parametrize("name", ["d3po/sd15_jpeg.yaml", "d3po/sd15_pickscore.yaml"])
+def test_headers_of_d3po_tell_the_arithmetic_of_a_round(name, capsys):
+    path = ROOT / "configs" / name
+    printed = parsed(path, capsys)
+    accumulate = printed["trainer"]["accumulate_grad_batches"]
+    (plan,) = plans_of(printed["model"]["init_args"] | {"drop_last_step": False}).values()
+    plan.check(accumulate)
+    assert plan.minibatches == accumulate  # as its code, which accumulates over a whole round
+    pairs = plan.samples * plan.trained_steps
+    assert (
+        f"A round is {plan.prompts_per_round} prompts x {plan.samples_per_prompt} images x "
+        f"{plan.trained_steps} steps = {pairs} pairs in {plan.minibatches} minibatches of "
+        f"{plan.minibatch_size}: 1 update"
+    ) in path.read_text()
+
+
 FLOW_GRPO = sorted((ROOT / "configs" / "flow_grpo").glob("shapes-*.yaml"))
 
 
@@ -371,6 +387,45 @@ def test_prompts_are_shipped_and_held_out(path, capsys):
     # DDPO and those after it evaluate on the animals that they train on.
     if prompts["val"] != "simple-animals":
         assert not any(text in held_out for source in train for text, _ in PromptFile(source))
+
+
+# One for each family of models, kind of method and reward; what a dry run costs takes a minute for
+# some, so that those of all configurations are slow tests.
+BUILT = {
+    "adjoint_matching/sd35_imagereward.yaml",
+    "ddpo/sd14_alignment.yaml",
+    "ddpo/sdxl_aesthetic.yaml",
+    "draft/wan21_hpsv2.yaml",
+    "flow_dpo/wan21_videoreward.yaml",
+    "flow_grpo/flux_mix_multi.yaml",
+    "flow_grpo/sd35_geneval.yaml",
+    "nabla_gflownet/sd15_hpsv2.yaml",
+    "tdpo/sd14_pickscore_reset.yaml",
+    "tpdm/sd3_imagereward.yaml",
+}
+
+
+@pytest.mark.parametrize("path", [path for path in REAL if ids(path) in BUILT], ids=ids)
+def test_modules_of_real_models_can_be_built(path, monkeypatch, capsys):
+    """Without weights, as for a dry run; the fields that parsing leaves unread are read here."""
+    built = []
+    monkeypatch.setattr("lit_align.dry_run.dry_run", lambda module, *_: built.append(module) or "")
+    main(["fit", "--config", str(path), "--dry_run"])
+    (module,) = built
+    expected = parsed(path, capsys)["model"]
+    assert type(module).__name__ == expected["class_path"].rpartition(".")[2]
+    assert list(module.rewards)[len(module.trained_rewards) :] == list(
+        expected["init_args"]["eval_rewards"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", REAL, ids=ids)
+def test_dry_runs_accept_all_configurations(path, capsys):
+    if "RewardModeling" in path.read_text():
+        pytest.skip("a dry run is for methods that align a policy")
+    main(["fit", "--config", str(path), "--dry_run"])
+    assert "estimated peak" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=ids)
