@@ -64,6 +64,17 @@ class FluxPolicy(DiffusionPolicy):
         tokens = {"max_sequence_length": self.max_sequence_length}
         return super().call_options | (tokens if self.max_sequence_length != _LONGEST else {})
 
+    def _take_parts(self, pipeline: Any) -> None:
+        """Also keep cuDNN's attention out of this process; see the base class.
+
+        On an H100, torch 2.11 with cuDNN 9.19 takes it by default, and its backward gives this
+        network's queries and keys wrong gradients in 16 bits (a cosine of 0.2 with the right ones,
+        or NaN), or reads memory that is not its own; the other kernels are right. The switch holds
+        for the process, as checkpointed blocks run again where no context of ours reaches.
+        """
+        super()._take_parts(pipeline)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
     def pipeline_scheduler(self) -> Any:
         """Return the pipeline's scheduler with its times for images of `image_size`."""
         scheduler = _FluxTimes.from_config(self.pipeline.scheduler.config)

@@ -186,3 +186,9 @@ def test_lora_covers_the_attention_of_both_kinds_of_blocks():
     trained = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in trained.values()) == (19 * 8 + 38 * 3) * 4 * 2 * 3072
     assert sum(n.startswith("single_transformer_blocks.") for n in trained) == 38 * 3 * 2
+
+
+def test_the_attention_whose_backward_is_wrong_is_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tiny_policy("flux")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
