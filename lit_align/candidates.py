@@ -18,7 +18,8 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 from lit_align.checkpoint_io import read_checkpoint
-from lit_align.data.prompts import Prompt, PromptFile, shipped_prompts
+from lit_align.data.prompt_files import names_prompts
+from lit_align.data.prompts import Prompt, PromptFile
 from lit_align.functional.noise import keyed_generator
 from lit_align.rewards.base import uint8_images
 from lit_align.verbs import Opened, open_policy, sample_images
@@ -98,10 +99,8 @@ def read_prompts(prompts: str | list[str], limit: int | None = None) -> list[Pro
     """
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be positive, got {limit}.")
-    if isinstance(prompts, list) and len(prompts) == 1:  # how the command line reads one word
-        name = prompts[0]
-        if name in shipped_prompts() or Path(name).suffix in (".txt", ".jsonl"):
-            prompts = name
+    if isinstance(prompts, list) and len(prompts) == 1 and names_prompts(prompts[0]):
+        prompts = prompts[0]  # how the command line reads one word
     if isinstance(prompts, str):
         file = PromptFile(prompts)
         return file[: len(file) if limit is None else limit]
