@@ -277,7 +277,7 @@ class GPUOperators(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.dtype, self.lowered = dtype, False
-        self._copies: dict[int, Tensor] = {}
+        self._copies: dict[tuple[int, bool], Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function."""
@@ -299,9 +299,10 @@ class GPUOperators(TorchFunctionMode):
             return value
         if value.is_leaf and value.requires_grad and value.dtype == torch.float32:
             # Autocast keeps its copies of weights that are trained until its context ends.
-            if id(value) not in self._copies:
-                self._copies[id(value)] = value.to(self.dtype)
-            return self._copies[id(value)]
+            key = (id(value), torch.is_grad_enabled())
+            if key not in self._copies:
+                self._copies[key] = value.to(self.dtype)
+            return self._copies[key]
         return value.to(self.dtype)
 
     @contextmanager

@@ -12,7 +12,7 @@ FLOOR_1 = {"schedulers", "rewards", "metrics", "data"}
 ABOVE = {"cli", "comparison", "run_folder", "checkpoint_io", "run_groups", "verbs", "benchmarks",
          # Floor 5: everything.
          "candidates", "label", "annotation", "annotate_page", "reward_server", "__main__",
-         "architectures", "costs", "dry_run", "tracing"}  # fmt: skip
+         "architectures", "costs", "dry_run", "small_rounds", "tracing"}  # fmt: skip
 BASES = {"schedulers.base", "policies.base", "policies.sampling", "rewards.base",
          "rewards.scoring", "data.experience", "data.planner", "data.windows",
          "data.image_text", "policies.snapshots",

@@ -312,12 +312,12 @@ def _derived(measured: dict[str, float], settings: dict[str, Any]) -> dict[str, 
     found: dict[str, Any] = {}
     older = measured["weight_bytes"] if measured["counted_without_weights"] else 0
     for phase in ("collect", "update"):
-        found[f"{phase}_peak_gib"] = round((measured[f"{phase}_peak_bytes"] + older) / _GIB, 3)
+        found[f"{phase}_peak_gib"] = round((measured[f"{phase}_peak_bytes"] + older) / _GIB, 6)
         found[f"{phase}_reserved_gib"] = round(
-            (measured[f"{phase}_reserved_bytes"] + older) / _GIB, 3
+            (measured[f"{phase}_reserved_bytes"] + older) / _GIB, 6
         )
     images, updates = settings["images_per_round"], max(measured["updates"], 1)
-    found["weights_gib"] = round(measured["weight_bytes"] / _GIB, 3)
+    found["weights_gib"] = round(measured["weight_bytes"] / _GIB, 6)
     # Methods that follow the gradient sample in their updates.
     sampling = measured["collect_seconds"]
     sampling = sampling if sampling > 1e-2 else measured["round_seconds"]
@@ -338,7 +338,7 @@ def _estimated(module: Any, setting: Setting) -> dict[str, float]:
         "collect": max(others), "update": max(found.peaks[phase] for phase in update)
     }  # fmt: skip
     return {
-        f"estimated_{name}_peak_gib": round((resident + peak) / _GIB, 3)
+        f"estimated_{name}_peak_gib": round((resident + peak) / _GIB, 6)
         for name, peak in peaks.items()
     }
 
