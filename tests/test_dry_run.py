@@ -12,7 +12,7 @@ from torch import nn
 from lit_align import dry_run
 from lit_align.architectures import architectures, build_part, build_pipeline, describe
 from lit_align.architectures.stand_ins import backbones, networks_without_weights
-from lit_align.benchmarks.full_size import full_size
+from lit_align.benchmarks.full_size import Rounds, full_size
 from lit_align.cli import main
 from lit_align.costs import Setting, estimate
 from lit_align.policies import DiffusionPolicy
@@ -155,7 +155,7 @@ SMALL = {
 )  # fmt: skip
 def test_memory_is_that_of_real_rounds(architecture, method, options):
     """Peaks of bytes alive in a real fit on the CPU against the estimate on the meta device."""
-    row = full_size(architecture, method, "table.csv", **{**SMALL, **options})
+    row = full_size(Rounds(architecture, method, "table.csv", **{**SMALL, **options}))
     for phase in ("collect", "update"):
         measured, estimated = row[f"{phase}_peak_gib"], row[f"estimated_{phase}_peak_gib"]
         assert estimated == pytest.approx(measured, rel=0.15), phase

@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -190,27 +191,11 @@ def _leaves(function: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return [*weights, *given]
 
 
-def full_size(
-    architecture: str = "sd15",
-    method: str = "ddpo",
-    output: str | None = None,
-    image_size: int | None = 512,
-    images_per_round: int = 8,
-    rollout_batch_size: int = 8,
-    minibatch_size: int = 4,
-    accumulate_grad_batches: int = 1,
-    num_inference_steps: int = 10,
-    trained_steps: int = 1,
-    guidance_scale: float = 4.5,
-    lora_rank: int = 16,
-    gradient_checkpointing: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
-    precision: str = "32-true",
-    method_options: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Run three rounds, print what was measured, and append it to a table.
+@dataclass(frozen=True)
+class Rounds:
+    """What is run.
 
-    Args:
+    Attributes:
         architecture: A name of `lit_align.architectures`, a hub id there, a shipped pipeline or a
             folder; only its configuration is read.
         method: One of `METHODS`.
@@ -232,34 +217,60 @@ def full_size(
     Raises:
         ValueError: If the method is unknown.
     """
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
-    settings = {k: v for k, v in locals().items() if k not in ("output", "method_options")}
+
+    architecture: str = "sd15"
+    method: str = "ddpo"
+    output: str | None = None
+    image_size: int | None = 512
+    images_per_round: int = 8
+    rollout_batch_size: int = 8
+    minibatch_size: int = 4
+    accumulate_grad_batches: int = 1
+    num_inference_steps: int = 10
+    trained_steps: int = 1
+    guidance_scale: float = 4.5
+    lora_rank: int = 16
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    precision: str = "32-true"
+    method_options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the name of the method."""
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}.")
+
+
+def full_size(rounds: Rounds) -> dict[str, Any]:
+    """Run three rounds, print what was measured, and append it to a table; return its row."""
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def build(device: str) -> Any:
-        with without_weights(device, getattr(torch, dtype)):
-            policy = DiffusionPolicy.from_pretrained(
-                architecture, lora_rank=lora_rank, dtype=dtype, image_size=image_size,
-                gradient_checkpointing=gradient_checkpointing,
-            )  # fmt: skip
-        return _module(method, policy, settings, method_options or {})
-
-    module = build(device)
+    module = _build(rounds, device)
     print(f"built on {_name(device)} in {time.perf_counter() - started:.1f} s", flush=True)
-    measured = _run(module, accumulate_grad_batches, precision, device)
+    measured = _run(module, rounds.accumulate_grad_batches, rounds.precision, device)
     del module
-    setting = Setting(precision, accumulate_grad_batches, batch_size=1)
+    settings = asdict(rounds)
+    del settings["output"], settings["method_options"]
+    setting = Setting(rounds.precision, rounds.accumulate_grad_batches, batch_size=1)
     row: dict[str, Any] = {
         **settings, "device": _name(device), **_derived(measured, settings),
-        **_estimated(build("meta"), setting),
+        **_estimated(_build(rounds, "meta"), setting),
     }  # fmt: skip
     for name, value in row.items():
         print(f"{name:<28} {value}", flush=True)
-    if output is not None:
-        _append(Path(output), row)
+    if rounds.output is not None:
+        _append(Path(rounds.output), row)
     return row
+
+
+def _build(rounds: Rounds, device: str) -> Any:
+    """Return the method over a policy whose networks are on the device."""
+    with without_weights(device, getattr(torch, rounds.dtype)):
+        policy = DiffusionPolicy.from_pretrained(
+            rounds.architecture, lora_rank=rounds.lora_rank, dtype=rounds.dtype,
+            image_size=rounds.image_size, gradient_checkpointing=rounds.gradient_checkpointing,
+        )  # fmt: skip
+    return _module(rounds.method, policy, asdict(rounds), rounds.method_options or {})
 
 
 def _module(
@@ -361,4 +372,4 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    auto_cli(full_size, as_positional=False)
+    full_size(auto_cli(Rounds, as_positional=False))
