@@ -38,6 +38,7 @@ class Setting:
         averages: Averages of the trained weights that callbacks keep.
         batch_size: Of validation, and of judgements.
         judged: Images of a judgement.
+        on_gpu: Whether convolutions take what they take there, see `Trace`.
     """
 
     precision: str = "32-true"
@@ -47,6 +48,7 @@ class Setting:
     averages: int = 0
     batch_size: int = 8
     judged: int = 2
+    on_gpu: bool = True
 
 
 @dataclass

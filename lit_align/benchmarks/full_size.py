@@ -251,7 +251,9 @@ def full_size(rounds: Rounds) -> dict[str, Any]:
     del module
     settings = asdict(rounds)
     del settings["output"], settings["method_options"]
-    setting = Setting(rounds.precision, rounds.accumulate_grad_batches, batch_size=1)
+    setting = Setting(
+        rounds.precision, rounds.accumulate_grad_batches, batch_size=1, on_gpu=device == "cuda"
+    )
     row: dict[str, Any] = {
         **settings, "device": _name(device), **_derived(measured, settings),
         **_estimated(_build(rounds, "meta"), setting),
