@@ -112,6 +112,8 @@ class Runner:
             yield policy, name, _within(trace, phases[name], call) if name in phases else call
         if hasattr(module, "_pull_back"):  # once for each step, with a gradient that ends in it
             yield module, "_pull_back", trace.repeating(module._pull_back, "pull back", like=2)
+        if isinstance(module, ScheduleModule):
+            yield module.head, "forward", _head_on_meta(trace, module.head)
         yield policy, "reference", _on_meta_reference(trace, policy.reference)
         for part in {id(m): m for r in self._scorers() for m in r.modules()}.values():
             if isinstance(part, RewardModule):
@@ -292,6 +294,20 @@ def _within(trace: Trace, phase: str, function: Callable[..., Any]) -> Callable[
     def call(*args: Any, **kwargs: Any) -> Any:
         with trace.during(trace.phase if trace.phase in _WHOLE else phase):
             return function(*args, **kwargs)
+
+    return call
+
+
+@torch.no_grad()
+def _head_on_meta(trace: Trace, head: Any) -> Callable[..., Any]:
+    """Move a head of schedules to the meta device; its outputs are those it starts with."""
+    maps, embedding = torch.zeros(1, head.channels, 8, 8), torch.zeros(1, head.embedding_dim)
+    alpha, beta = (float(value) for value in head(maps, embedding, torch.ones(1)))
+    crossing = trace.crossing(head.to("meta").forward, "head")
+
+    def call(*args: Any) -> tuple[Tensor, Tensor]:
+        first, second = crossing(*args)
+        return first + alpha, second + beta
 
     return call
 
