@@ -96,7 +96,8 @@ def _explained(error: BaseException, repo: str, filename: str, whole: bool) -> s
         return (
             f"The repository {repo!r} has no file {filename!r}; see https://huggingface.co/{repo}."
         )
-    if met(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+    # Some libraries tell only that a file is missing.
+    if met(errors.OfflineModeIsEnabled) or (constants.HF_HUB_OFFLINE and met(OSError)):
         return _absent(repo, filename, fetch, "HF_HUB_OFFLINE is set")
     if met(errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError):
         return _absent(repo, filename, fetch, "the hub could not be reached")

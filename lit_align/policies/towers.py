@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_align.functional.pixels import CLIP_MEAN, CLIP_STD, centre_square, normalise
+from lit_align.hub import opening
 from lit_align.policies.loading import Dtype, torch_dtype
 
 
@@ -92,7 +93,8 @@ def _load_clip(pretrained: str) -> Any:
     from transformers import CLIPModel
 
     load: Any = CLIPModel.from_pretrained
-    model, told = load(pretrained, dtype=torch.float32, output_loading_info=True)
+    with opening(pretrained, "config.json"):
+        model, told = load(pretrained, dtype=torch.float32, output_loading_info=True)
     # transformers only warns of these, and leaves them random.
     parts = ("vision_model.", "visual_projection.")
     lost = sorted(name for name in told["missing_keys"] if name.startswith(parts))
@@ -161,7 +163,14 @@ def _open(model_name: str, pretrained: str) -> Any:
             f"`pretrained`: there is no file {pretrained!r}, and {model_name} has no such tag; "
             f"give the path of a checkpoint, or one of: {', '.join(tags) or 'none'}."
         )
-    return open_clip.create_model(model_name, pretrained=pretrained)
+    repository = (open_clip.get_pretrained_cfg(model_name, pretrained).get("hf_hub") or "").strip(
+        "/"
+    )
+    try:
+        return open_clip.create_model(model_name, pretrained=pretrained)
+    except RuntimeError as error:  # how open_clip tells that it could not fetch a file
+        with opening(repository or pretrained, "open_clip_model.safetensors"):
+            raise OSError(str(error)) from error
 
 
 def _load_visual(visual: nn.Module, model_name: str, path: str) -> None:
