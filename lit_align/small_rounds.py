@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -114,6 +115,8 @@ class Runner:
             yield module, "_pull_back", trace.repeating(module._pull_back, "pull back", like=2)
         if isinstance(module, ScheduleModule):
             yield module.head, "forward", _head_on_meta(trace, module.head)
+            walk = learned_schedule._Walk
+            yield walk, "_write", _uncounted(trace, walk._write)  # it keeps features elsewhere
         yield policy, "reference", _on_meta_reference(trace, policy.reference)
         for part in {id(m): m for r in self._scorers() for m in r.modules()}.values():
             if isinstance(part, RewardModule):
@@ -201,7 +204,8 @@ class Runner:
         if isinstance(module, ScheduleModule):  # features stay in main memory
             kept = size_of([collected.extras["features"]])
             small.peaks.pop("collecting")
-            small.peaks |= {p: small.peaks[p] - kept for p in ("update", "validation", "stepping")}
+            after = ("scoring", "update", "validation", "stepping")
+            small.peaks |= {p: max(small.peaks[p] - kept, 0) for p in after if p in small.peaks}
         return small
 
     def run_judgements(self) -> None:
@@ -298,14 +302,16 @@ def _within(trace: Trace, phase: str, function: Callable[..., Any]) -> Callable[
     return call
 
 
-@torch.no_grad()
 def _head_on_meta(trace: Trace, head: Any) -> Callable[..., Any]:
-    """Move a head of schedules to the meta device; its outputs are those it starts with."""
+    """Move a head of schedules to the meta device; its outputs are those of blank features."""
+    start = copy.deepcopy(head)
     maps, embedding = torch.zeros(1, head.channels, 8, 8), torch.zeros(1, head.embedding_dim)
-    alpha, beta = (float(value) for value in head(maps, embedding, torch.ones(1)))
     crossing = trace.crossing(head.to("meta").forward, "head")
 
     def call(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), trace.uncounted():
+            blank = (x.expand(len(args[2]), *x.shape[1:]) for x in (maps, embedding))
+            alpha, beta = start(*blank, args[2].detach())
         first, second = crossing(*args)
         return first + alpha, second + beta
 
@@ -325,6 +331,14 @@ def _on_meta_reference(trace: Trace, own: Any) -> Any:
     return reference
 
 
+def _uncounted(trace: Trace, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with trace.uncounted():
+            return function(*args)
+
+    return call
+
+
 def _crossing_features(trace: Trace) -> Callable[..., Any]:
     own = learned_schedule.predict_with_features
 
@@ -332,7 +346,7 @@ def _crossing_features(trace: Trace) -> Callable[..., Any]:
         output, features = own(*args)
         return output, features.maps, features.embedding
 
-    crossing = trace.crossing(parts, "features")
+    crossing = trace.crossing(parts, "features", stay=[1])  # maps of a whole round are large
 
     def call(policy: Any, *args: Any) -> tuple[Tensor, Features]:
         output, maps, embedding = crossing(policy, *args)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -113,7 +113,13 @@ class Trace(LiveBytes):
         finally:
             self.phase = before
 
-    def crossing(self, function: Callable[..., Any], name: str, fill: Fill | None = None) -> Any:
+    def crossing(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        fill: Fill | None = None,
+        stay: Collection[int] = (),
+    ) -> Any:
         """Return what calls `function` on the meta device, and may be given real tensors.
 
         What was called before with the same shapes and without gradient is not called again, but
@@ -123,6 +129,7 @@ class Trace(LiveBytes):
             function: Has its weights there.
             name: Of the function, to remember its calls by.
             fill: Makes the values of an output of a meta tensor; zeros by default.
+            stay: Places in the tuple that it returns of what is to stay on the meta device.
         """
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +145,10 @@ class Trace(LiveBytes):
                 found = enter()
             else:
                 found = self._once((name, _shapes((args, kwargs))), enter)
-            return tree_map(lambda value: self._emerge(value, fill), found)
+            emerged = tree_map(lambda value: self._emerge(value, fill), found)
+            if not stay:
+                return emerged
+            return tuple(found[i] if i in stay else value for i, value in enumerate(emerged))
 
         return call
 
@@ -292,6 +302,8 @@ class GPUOperators(TorchFunctionMode):
         on_meta = args and isinstance(args[0], Tensor) and args[0].device == _META
         if not on_meta:
             return func(*args, **kwargs)
+        if func is Tensor.cpu:
+            return args[0]  # what is kept in main memory has no values either
         if self.dtype is not None and self.lowered and func in _LOWERED:
             args, kwargs = tree_map(self._lower, (args, kwargs))
         elif self.dtype is not None and self.lowered and func in _RAISED:

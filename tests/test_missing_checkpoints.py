@@ -22,7 +22,7 @@ OPENERS = {
     "MPS": rewards.MPS,
     "CLIPEmbedder": rewards.CLIPEmbedder,
     "OpenVocabularyDetector": rewards.OpenVocabularyDetector,
-    "ImageClassifier": lambda: rewards.ImageClassifier("nateraw/vit-age-classifier", ["young", "old"]),
+    "ImageClassifier": lambda: rewards.ImageClassifier("nateraw/vit-age-classifier", ["20-29"]),
     "GOTOCRRecognizer": rewards.GOTOCRRecognizer,
 }  # fmt: skip
 
