@@ -163,13 +163,11 @@ def _open(model_name: str, pretrained: str) -> Any:
             f"`pretrained`: there is no file {pretrained!r}, and {model_name} has no such tag; "
             f"give the path of a checkpoint, or one of: {', '.join(tags) or 'none'}."
         )
-    repository = (open_clip.get_pretrained_cfg(model_name, pretrained).get("hf_hub") or "").strip(
-        "/"
-    )
+    source = open_clip.get_pretrained_cfg(model_name, pretrained).get("hf_hub") or pretrained
     try:
         return open_clip.create_model(model_name, pretrained=pretrained)
     except RuntimeError as error:  # how open_clip tells that it could not fetch a file
-        with opening(repository or pretrained, "open_clip_model.safetensors"):
+        with opening(source.strip("/"), "open_clip_model.safetensors"):
             raise OSError(str(error)) from error
 
 
