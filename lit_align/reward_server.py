@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -155,10 +156,10 @@ def run_app(app: Any, listener: socket.socket) -> None:
     import uvicorn
 
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE)
-    try:
+    # Uvicorn raises it again after it has ended, unless the shell left interrupts to be ignored.
+    with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:  # what uvicorn raises again after it has ended
-        print("The server has ended.", flush=True)
+    print("The server has ended.", flush=True)
 
 
 def create_app(

@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 # Files that take half a minute or more, the longest first, so that both workers end together.
 LONG = (
     "test_distributed", "test_matrix", "test_notebooks", "test_configs", "test_resume", "test_cli",
-    "test_invariants", "test_memory", "test_generate_schedule",
+    "test_invariants", "test_memory", "test_generate_schedule", "test_reward_server",
 )  # fmt: skip
 
 
