@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from lit_align import policies, rewards
 from lit_align.architectures import BlankTokenizer, build_part
-from lit_align.rewards import aesthetic, detectors, hps, image_reward, ocr, skin_tone, towers
+from lit_align.rewards import (
+    aesthetic,
+    detectors,
+    embedders,
+    hps,
+    image_reward,
+    mps,
+    ocr,
+    skin_tone,
+    towers,
+)
 
 _FOLDER = Path(__file__).parent / "backbones"
 _CLIP_WIDTH = 768  # of the embeddings of CLIP ViT-L/14
@@ -84,6 +94,12 @@ def _image_reward(given: Arguments) -> Arguments:
     return {"model": network, "tokenizer": BlankTokenizer(_BERT_TOKENS)}
 
 
+def _mps(given: Arguments) -> Arguments:
+    with torch.device("meta"):
+        network = mps.MPSNetwork()
+    return {"model": network, "tokenizer": BlankTokenizer(_CLIP_TOKENS)}
+
+
 def _open_clip_tower(given: Arguments) -> Arguments:
     import open_clip
 
@@ -105,6 +121,8 @@ _KNOWN: dict[type, Callable[[Arguments], Arguments]] = {
     rewards.PickScore: lambda given: _clip(given, "yuvalkirstain/PickScore_v1", "tokenizer"),
     rewards.HPSv2: _hps,
     rewards.ImageReward: _image_reward,
+    rewards.MPS: _mps,
+    embedders.CLIPEmbedder: lambda given: _clip(given, "openai/clip-vit-large-patch14"),
     policies.CLIPTower: lambda given: _clip(given, "openai/clip-vit-large-patch14"),
     policies.OpenCLIPTower: _open_clip_tower,
     towers.CLIPRewardTower: lambda given: _tower(given, _CLIP_TOKENS),
