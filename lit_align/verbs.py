@@ -57,7 +57,7 @@ def load_module(ckpt_path: str, weights: Weights = "trained") -> LightningModule
 
 
 def generate(
-    prompts: list[str],
+    prompts: str | list[str],
     output: str = "samples",
     ckpt_path: str | None = None,
     pretrained: str | None = None,
@@ -241,7 +241,8 @@ def sample_images(
     return policy.render(trajectory.latents[:, -1])
 
 
-def _read_prompts(prompts: list[str]) -> list[str]:
+def _read_prompts(prompts: str | list[str]) -> list[str]:
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if len(prompts) == 1 and names_prompts(prompts[0]):
         return [text for text, _ in PromptFile(prompts[0])]
     return prompts

@@ -392,14 +392,9 @@ def test_prompts_are_shipped_and_held_out(path, capsys):
 # One for each family of models, kind of method and reward; what a dry run costs takes a minute for
 # some, so that those of all configurations are slow tests.
 BUILT = {
-    "adjoint_matching/sd35_imagereward.yaml",
-    "ddpo/sd14_alignment.yaml",
     "ddpo/sdxl_aesthetic.yaml",
-    "draft/wan21_hpsv2.yaml",
     "flow_dpo/wan21_videoreward.yaml",
     "flow_grpo/flux_mix_multi.yaml",
-    "flow_grpo/sd35_geneval.yaml",
-    "nabla_gflownet/sd15_hpsv2.yaml",
     "tdpo/sd14_pickscore_reset.yaml",
     "tpdm/sd3_imagereward.yaml",
 }

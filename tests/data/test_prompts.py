@@ -186,6 +186,8 @@ def test_generate_reads_shipped_lists_and_files_of_any_layout(tmp_path):
     path.write_text('["one", "two"]')
     assert _read_prompts([str(path)]) == ["one", "two"]
     assert _read_prompts(["a red circle"]) == ["a red circle"]
+    assert _read_prompts("simple-animals")[:2] == ["cat", "dog"]
+    assert _read_prompts("a red circle") == ["a red circle"]
 
 
 @pytest.mark.parametrize("name", OWN)
