@@ -207,6 +207,7 @@ class DiffusionPolicy(LatentSpace, ABC):
             prompts: B texts.
             with_negative: Whether those of the empty prompt are wanted, if the family has them.
         """
+        # Not abstract: a policy may have its own `encode_prompt` instead, and then keeps nothing.
         raise NotImplementedError(f"{type(self).__name__} must define `_encode`.")
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
