@@ -355,7 +355,7 @@ def _relaid(args: Any, output: Any) -> int:
     """Return the bytes of a convolution's images in and out.
 
     On the GPUs of today its kernels want channels last, and lay out copies of what comes otherwise
-    while they run; not every one does, so that the peak of a VAE is told some 12 % too high at most.
+    while they run; not every one does, so that the peak of a VAE is told up to 13 % too high.
     """
     backward = isinstance(output, tuple)  # of a gradient and an image, the image's gradient first
     tensors = (args[0], args[1], output[0]) if backward else (args[0], output)
