@@ -53,14 +53,18 @@ class JsonLines:
             for number, line in enumerate(file, 1):
                 hashed(line)
                 if line.strip():
-                    yield number, address, _or_flaw(parse_record, line)
+                    yield number, address, _or_flaw(self.parse, line)
                 address += len(line)
 
-    def read(self, address: int) -> Row:
+    def read(self, address: int) -> Any:
         """See `Rows`."""
         with self.path.open("rb") as file:
             file.seek(address)
-            return parse_record(file.readline())
+            return self.parse(file.readline())
+
+    def parse(self, line: bytes) -> Any:
+        """Return the row of a line."""
+        return parse_record(line)
 
 
 def _or_flaw(parse: Callable[[Any], Row], raw: Any) -> Row | ValueError:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lit_align.data.preference_rows import CsvRows, JsonArray, Scanned, parquet_module
+from lit_align.data.preference_rows import CsvRows, JsonArray, JsonLines, Scanned, parquet_module
 
 
 class Rows(Protocol):
@@ -29,46 +29,19 @@ class Rows(Protocol):
         ...
 
 
-class Lines:
-    """Texts, one per line; blank lines do not count.
-
-    Raises:
-        ValueError: If a line is broken.
-    """
-
-    place = "line"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def scan(self, hashed: Callable[[bytes], None]) -> Iterator[Scanned]:
-        """See `Rows`."""
-        address = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                hashed(line)
-                if line.strip():
-                    yield number, address, _or_flaw(self.parse, line)
-                address += len(line)
-
-    def read(self, address: int) -> Any:
-        """See `Rows`."""
-        with self.path.open("rb") as file:
-            file.seek(address)
-            return self.parse(file.readline())
+class Lines(JsonLines):
+    """Texts, one per line; blank lines do not count."""
 
     def parse(self, line: bytes) -> Any:
         """Return the row of a line."""
-        return line.decode().strip()
+        return _decoded(line).strip()
 
 
-def _or_flaw(parse: Callable[[bytes], Any], line: bytes) -> Any:
+def _decoded(line: bytes, encoding: str = "utf-8") -> str:
     try:
-        return parse(line)
+        return line.decode(encoding)
     except UnicodeDecodeError as error:
-        return ValueError(f"{error}; write the file in UTF-8.")
-    except ValueError as error:
-        return error
+        raise ValueError(f"{error}; write the file in UTF-8.") from error
 
 
 class ObjectLines(Lines):
@@ -116,7 +89,7 @@ class TabbedLines(Lines):
 
     @staticmethod
     def _fields(line: bytes) -> list[str]:
-        fields = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
+        fields = _decoded(line, "utf-8-sig").rstrip("\r\n").split("\t")
         for place, field in enumerate(fields):
             inside = field[1:-1]
             quoted = field.startswith('"') and field.endswith('"') and '""' in inside
